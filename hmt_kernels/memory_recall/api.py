@@ -1,0 +1,161 @@
+"""The public face of memory_recall: contract, checks, dispatch, and the registration with PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from hmt_kernels.checks import check_memory_recall
+from hmt_kernels.dispatch import Decision, chosen, implementation
+from hmt_kernels.dispatch import decide as decide_implementation
+
+
+class RecallOutput(NamedTuple):
+    recalled: torch.Tensor  # [B, Q, D], query's dtype
+    lse: torch.Tensor  # [B, Q], float32 (float64 for float64)
+    slot: torch.Tensor  # [B, Q], int32
+
+
+def memory_recall(
+    query: torch.Tensor,
+    memory: torch.Tensor,
+    num_valid: torch.Tensor | None = None,
+    *,
+    softmax_scale: float,
+    impl: str | None = None,
+) -> RecallOutput:
+    """recalled = softmax(softmax_scale * query memory^T) memory, over the first num_valid[b] slots of each queue.
+
+    The memory recall of the Hierarchical Memory Transformer (arXiv 2405.06067, section 3) after absorption: with
+    query = Wk^T Wq s the raw memories serve as keys and as values, and are read once. Slots may stand in any order.
+
+    Args:
+        query: [B, Q, D], float16, bfloat16, float32 or float64; D a multiple of 8, at most 8192.
+        memory: [B, N, D], query's dtype; N at most 65536. Slots >= num_valid[b] are never read into a result
+            (they may hold NaN) and get zero gradient.
+        num_valid: [B] int32, or None for all N. Its values are not read on the host: below 0 counts as 0, above N as N.
+        softmax_scale: the factor of the scores, a finite number.
+        impl: "reference", "triton", "cuda" or "cpu"; None for the default (see `hmt_kernels.explain`).
+
+    Returns:
+        RecallOutput: recalled [B, Q, D] in query's dtype; lse [B, Q], the log-sum-exp of the scaled scores, float32
+        (float64 for float64); slot [B, Q] int32, the slot with the largest score, the lowest index on ties. Without
+        a live slot: zeros, -inf, -1. Sums are accumulated in float32. recalled and lse are differentiable (once)
+        with respect to query and memory. Any strides are accepted; the results are contiguous.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device or value, or an `impl` that cannot run here, with the reason.
+
+    Example:
+        >>> query, memory = torch.randn(2, 1, 64), torch.randn(2, 300, 64)
+        >>> recalled, lse, slot = memory_recall(query, memory, softmax_scale=0.125)
+        >>> recalled.shape, lse.shape, slot.shape
+        (torch.Size([2, 1, 64]), torch.Size([2, 1]), torch.Size([2, 1]))
+    """
+    name = chosen(decide(query, memory, num_valid, softmax_scale=softmax_scale, impl=impl))
+    return RecallOutput(*torch.ops.hmt_kernels.memory_recall_fwd(query, memory, num_valid, softmax_scale, name))
+
+
+def decide(
+    query: torch.Tensor,
+    memory: torch.Tensor,
+    num_valid: torch.Tensor | None = None,
+    *,
+    softmax_scale: float,
+    impl: str | None = None,
+) -> Decision:
+    """Check the arguments of memory_recall and pick its implementation."""
+    check_memory_recall(query, memory, num_valid, softmax_scale)
+    return decide_implementation("memory_recall", impl, (query, memory))
+
+
+torch.library.define(
+    "hmt_kernels::memory_recall_fwd",
+    "(Tensor query, Tensor memory, Tensor? num_valid, float softmax_scale, str impl) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "hmt_kernels::memory_recall_bwd",
+    "(Tensor d_recalled, Tensor? d_lse, Tensor query, Tensor memory, Tensor? num_valid, Tensor recalled, Tensor lse,"
+    " float softmax_scale, str impl) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+# One kernel for all devices: the impl string, chosen before, decides what runs.
+@torch.library.impl("hmt_kernels::memory_recall_fwd", "CompositeExplicitAutograd")
+def _fwd(
+    query: torch.Tensor, memory: torch.Tensor, num_valid: torch.Tensor | None, softmax_scale: float, impl: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return implementation("memory_recall", impl).forward(query, memory, num_valid, softmax_scale)
+
+
+@torch.library.impl("hmt_kernels::memory_recall_bwd", "CompositeExplicitAutograd")
+def _bwd(
+    d_recalled: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    query: torch.Tensor,
+    memory: torch.Tensor,
+    num_valid: torch.Tensor | None,
+    recalled: torch.Tensor,
+    lse: torch.Tensor,
+    softmax_scale: float,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    backward = implementation("memory_recall", impl).backward
+    return backward(d_recalled, d_lse, query, memory, num_valid, recalled, lse, softmax_scale)
+
+
+@torch.library.register_fake("hmt_kernels::memory_recall_fwd")
+def _fwd_fake(
+    query: torch.Tensor, memory: torch.Tensor, num_valid: torch.Tensor | None, softmax_scale: float, impl: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    lse_dtype = torch.promote_types(query.dtype, torch.float32)
+    rows = query.shape[:2]
+    return (
+        query.new_empty(query.shape),
+        query.new_empty(rows, dtype=lse_dtype),
+        query.new_empty(rows, dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("hmt_kernels::memory_recall_bwd")
+def _bwd_fake(
+    d_recalled: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    query: torch.Tensor,
+    memory: torch.Tensor,
+    num_valid: torch.Tensor | None,
+    recalled: torch.Tensor,
+    lse: torch.Tensor,
+    softmax_scale: float,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return query.new_empty(query.shape), memory.new_empty(memory.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    query, memory, num_valid, ctx.softmax_scale, ctx.impl = inputs
+    recalled, lse, slot = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(slot)
+    ctx.save_for_backward(query, memory, num_valid, recalled, lse)
+
+
+def _autograd(
+    ctx: Any, d_recalled: torch.Tensor | None, d_lse: torch.Tensor | None, d_slot: None
+) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
+    query, memory, num_valid, recalled, lse = ctx.saved_tensors
+    if d_recalled is None:
+        if d_lse is None:
+            return None, None, None, None, None
+        d_recalled = torch.zeros_like(recalled)
+    d_query, d_memory = torch.ops.hmt_kernels.memory_recall_bwd(
+        d_recalled, d_lse, query, memory, num_valid, recalled, lse, ctx.softmax_scale, ctx.impl
+    )
+    return d_query, d_memory, None, None, None
+
+
+torch.library.register_autograd("hmt_kernels::memory_recall_fwd", _autograd, setup_context=_setup_context)

@@ -1,0 +1,178 @@
+"""The public face of segment_attention: contract, checks, dispatch, and the registration with PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hmt_kernels.checks import check_segment_attention
+from hmt_kernels.dispatch import Decision, chosen, implementation
+from hmt_kernels.dispatch import decide as decide_implementation
+from hmt_kernels.segment_attention import sdpa
+
+_NO_LSE = {"sdpa": "F.scaled_dot_product_attention does not return softmax_lse, and return_lse=True asks for it"}
+
+
+def segment_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    pad_span: torch.Tensor | None = None,
+    window_size: int | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """o = softmax(softmax_scale * rot(q) rot(k)^T + mask) v, causal, over the augmented sequence of one segment.
+
+    The attention of the backbone inside the Hierarchical Memory Transformer (arXiv 2405.06067): row i of q stands at
+    key position p = Tk - Tq + i and sees the keys <= p, > p - window_size, and outside the hole of its batch row.
+
+    Args:
+        q: [B, Hq, Tq, D], float16, bfloat16, float32 or float64; Tq <= Tk, Tq = 1 is decoding.
+        k, v: [B, Hkv, Tk, D], q's dtype; Hq a multiple of Hkv (grouped heads). "reference" and "sdpa" take any D,
+            the kernels 32, 64, 80, 96, 128, 256.
+        cos, sin: [1 or B, Tk, R], R even and at most D: rotary embedding (half-split convention) of the first R
+            features of q and k, by key position. They get no gradient.
+        pad_span: [B, 2] int32, a half-open range of keys hidden from every query of that batch row; start >= end hides
+            none. Its values are not read on the host.
+        window_size: number of keys a row sees, its own included; None for all.
+        softmax_scale: the factor of the scores, 1 / sqrt(D) by default.
+        return_lse: also return softmax_lse, the log-sum-exp of each row's scaled scores; it is differentiable.
+        impl: "reference", "sdpa", "triton" or "cuda"; None for the default (see `hmt_kernels.explain`).
+
+    Returns:
+        o [B, Hq, Tq, D] in q's dtype, or (o, softmax_lse [B, Hq, Tq] float32, float64 for float64). A row that sees no
+        key gives o = 0, softmax_lse = -inf and zero gradients. Any strides are accepted; o is laid out as q is.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device or value, or an `impl` that cannot run here, with the reason.
+
+    Example:
+        >>> q, k, v = torch.randn(2, 9, 64, 64), torch.randn(2, 3, 100, 64), torch.randn(2, 3, 100, 64)
+        >>> segment_attention(q, k, v, window_size=32).shape
+        torch.Size([2, 9, 64, 64])
+    """
+    decision = decide(
+        q, k, v, cos=cos, sin=sin, pad_span=pad_span, window_size=window_size, softmax_scale=softmax_scale,
+        return_lse=return_lse, impl=impl,
+    )  # fmt: skip
+    name = chosen(decision)
+    if softmax_scale is None:
+        softmax_scale = q.shape[3] ** -0.5
+    if name == "sdpa":
+        return sdpa.attend(q, k, v, cos, sin, pad_span, window_size, softmax_scale)
+    o, softmax_lse = torch.ops.hmt_kernels.segment_attention_fwd(
+        q, k, v, cos, sin, pad_span, window_size, softmax_scale, name
+    )
+    return (o, softmax_lse) if return_lse else o
+
+
+def decide(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    pad_span: torch.Tensor | None = None,
+    window_size: int | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> Decision:
+    """Check the arguments of segment_attention and pick its implementation."""
+    check_segment_attention(q, k, v, cos, sin, pad_span, window_size, softmax_scale)
+    tensors = (q, k, v, cos, sin, pad_span, window_size)
+    return decide_implementation("segment_attention", impl, tensors, _NO_LSE if return_lse else None)
+
+
+torch.library.define(
+    "hmt_kernels::segment_attention_fwd",
+    "(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? pad_span, SymInt? window_size,"
+    " float softmax_scale, str impl) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "hmt_kernels::segment_attention_bwd",
+    "(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor? pad_span, Tensor o,"
+    " Tensor softmax_lse, SymInt? window_size, float softmax_scale, str impl) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+# One kernel for all devices: the impl string, chosen before, decides what runs.
+@torch.library.impl("hmt_kernels::segment_attention_fwd", "CompositeExplicitAutograd")
+def _fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    pad_span: torch.Tensor | None,
+    window_size: int | None,
+    softmax_scale: float,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    forward = implementation("segment_attention", impl).forward
+    return forward(q, k, v, cos, sin, pad_span, window_size, softmax_scale)
+
+
+@torch.library.impl("hmt_kernels::segment_attention_bwd", "CompositeExplicitAutograd")
+def _bwd(
+    do: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    pad_span: torch.Tensor | None,
+    o: torch.Tensor,
+    softmax_lse: torch.Tensor,
+    window_size: int | None,
+    softmax_scale: float,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    backward = implementation("segment_attention", impl).backward
+    return backward(do, dlse, q, k, v, cos, sin, pad_span, o, softmax_lse, window_size, softmax_scale)
+
+
+@torch.library.register_fake("hmt_kernels::segment_attention_fwd")
+def _fwd_fake(q: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+@torch.library.register_fake("hmt_kernels::segment_attention_bwd")
+def _bwd_fake(
+    do: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, cos, sin, pad_span, ctx.window_size, ctx.softmax_scale, ctx.impl = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, cos, sin, pad_span, *output)
+
+
+def _autograd(ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    q, k, v, cos, sin, pad_span, o, softmax_lse = ctx.saved_tensors
+    no_gradient = (None,) * 6
+    if do is None:
+        if dlse is None:
+            return None, None, None, *no_gradient
+        do = torch.zeros_like(o)
+    dq, dk, dv = torch.ops.hmt_kernels.segment_attention_bwd(
+        do, dlse, q, k, v, cos, sin, pad_span, o, softmax_lse, ctx.window_size, ctx.softmax_scale, ctx.impl
+    )
+    return dq, dk, dv, *no_gradient
+
+
+torch.library.register_autograd("hmt_kernels::segment_attention_fwd", _autograd, setup_context=_setup_context)

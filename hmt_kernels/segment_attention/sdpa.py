@@ -1,0 +1,73 @@
+"""segment_attention around F.scaled_dot_product_attention: plain differentiable PyTorch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def unavailable(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    pad_span: torch.Tensor | None,
+    window_size: int | None,
+) -> str | None:
+    """Why this implementation cannot run these tensors: it always can."""
+    return None
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    pad_span: torch.Tensor | None,
+    window_size: int | None,
+    softmax_scale: float | None,
+) -> torch.Tensor:
+    """o = softmax(softmax_scale * rot(q) rot(k)^T + mask) v, with a mask only where nothing cheaper says the same."""
+    q_len, k_len = q.shape[2], k.shape[2]
+    if cos is not None and sin is not None:
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    enable_gqa = q.shape[1] != k.shape[1]
+    windowed = window_size is not None and window_size < k_len
+    if pad_span is None and not windowed and (q_len == k_len or q_len == 1):
+        causal = q_len > 1  # one query row at the last position sees every key
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=enable_gqa)
+    visible = _visible(q, k, pad_span, window_size if windowed else None)
+    if pad_span is None:  # every row sees at least itself
+        return F.scaled_dot_product_attention(q, k, v, visible, scale=softmax_scale, enable_gqa=enable_gqa)
+    sees_any = visible.any(dim=-1, keepdim=True)  # [B, 1, Tq, 1]
+    # A row that sees no key gets them all, so that no backend meets an empty softmax, and is then replaced by zeros.
+    o = F.scaled_dot_product_attention(q, k, v, visible | ~sees_any, scale=softmax_scale, enable_gqa=enable_gqa)
+    return torch.where(sees_any, o, 0.0)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the first R features of x [B, H, T, D] in x's dtype, the last T rows of the tables being those of x."""
+    length, rotary_dim = x.shape[2], cos.shape[2]
+    cos = cos[:, cos.shape[1] - length :].to(x.dtype).unsqueeze(1)  # [1 or B, 1, T, R]
+    sin = sin[:, sin.shape[1] - length :].to(x.dtype).unsqueeze(1)
+    rotated = x[..., :rotary_dim]
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+    return rotated if rotary_dim == x.shape[3] else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)
+
+
+def _visible(q: torch.Tensor, k: torch.Tensor, pad_span: torch.Tensor | None, window_size: int | None) -> torch.Tensor:
+    """[B or 1, 1, Tq, Tk]: which keys a row sees."""
+    q_len, k_len = q.shape[2], k.shape[2]
+    keys = torch.arange(k_len, device=q.device)
+    positions = torch.arange(k_len - q_len, k_len, device=q.device)[:, None]
+    visible = keys <= positions
+    if window_size is not None:
+        visible = visible & (keys > positions - window_size)
+    visible = visible[None, None]
+    if pad_span is not None:
+        start, end = pad_span[:, :, None, None, None].unbind(1)  # [B, 1, 1, 1]
+        visible = visible & ((keys < start) | (keys >= end))
+    return visible
