@@ -1,0 +1,15 @@
+"""The thin model layer: any Hugging Face causal language model as a Hierarchical Memory Transformer."""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hmt import attention
+from hmt.config import HMTConfig
+from hmt.model import HMTForCausalLM, HMTOutput
+from hmt.recall import MemoryRecall
+from hmt.state import HMTState
+
+__all__ = ["HMTConfig", "HMTForCausalLM", "HMTOutput", "HMTState", "MemoryRecall"]
+
+attention.register()
+AutoConfig.register("hmt", HMTConfig, exist_ok=True)
+AutoModelForCausalLM.register(HMTConfig, HMTForCausalLM, exist_ok=True)

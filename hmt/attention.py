@@ -1,0 +1,130 @@
+"""attn_implementation="hmt": segment_attention as an attention function of transformers, with its own mask function.
+
+The mask function never materialises what the operator computes by itself: no mask for plain causal attention
+(sliding windows included), an int32 tensor [B, 2] for one run of padding (`pad_span`), and a boolean mask
+[B, 1, Tq, Tk] for anything else, which SDPA then handles.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+
+from hmt_kernels import segment_attention
+
+NAME = "hmt"
+
+
+def pad_span_of(mask: Tensor) -> Tensor | None:
+    """Half-open hidden key range [B, 2] int32 of a boolean mask [B, T], or None when a row hides more than one run."""
+    hidden = ~mask
+    length = mask.shape[1]
+    count = hidden.sum(dim=1)
+    start = torch.where(count > 0, hidden.int().argmax(dim=1), 0)
+    stop = torch.where(count > 0, length - hidden.flip(1).int().argmax(dim=1), 0)
+    if bool((stop - start != count).any()):
+        return None
+    return torch.stack([start, stop], dim=1).to(torch.int32)
+
+
+def hmt_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Smallest description of the mask that transformers asks for: None, a pad_span [B, 2] or a boolean mask."""
+    config = kwargs.get("config")
+    windowed = local_size is not None and local_size == getattr(config, "sliding_window", None)
+    plain = allow_is_causal_skip and (mask_function is causal_mask_function or windowed)
+    # the keys must end with the queries' own, which a static cache does not guarantee
+    aligned = not isinstance(q_offset, Tensor) and kv_offset + kv_length == q_offset + q_length
+    if plain and aligned:
+        if attention_mask is None:
+            return None
+        visible = attention_mask[:, kv_offset : kv_offset + kv_length]
+        if visible.shape[1] == kv_length:
+            if bool(visible.all()):
+                return None
+            span = pad_span_of(visible)
+            if span is not None:
+                return span
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=False,
+        **kwargs,
+    )
+
+
+def hmt_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of q [B, Hq, Tq, D] over k, v [B, Hkv, Tk, D] by `hmt_kernels.segment_attention`; returns [B, Tq, Hq, D].
+
+    Dropout, non-causal layers, position biases and dense masks are computed by transformers' SDPA function instead.
+
+    Raises:
+        ValueError: for a soft cap on the scores, which neither can compute.
+    """
+    if kwargs.get("softcap") is not None:
+        raise ValueError(
+            'attn_implementation="hmt" does not support a soft cap on attention scores: use attn_implementation="eager"'
+        )
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    is_span = attention_mask is not None and attention_mask.dim() == 2
+    if (attention_mask is not None and not is_span) or dropout or not causal or "position_bias" in kwargs:
+        if is_span or (attention_mask is None and causal):
+            attention_mask = _dense_mask(query, key, attention_mask, sliding_window)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    out = segment_attention(
+        query, key, value, pad_span=attention_mask, window_size=sliding_window, softmax_scale=scaling
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _dense_mask(query: Tensor, key: Tensor, pad_span: Tensor | None, window_size: int | None) -> Tensor:
+    rows = torch.arange(query.shape[2], device=query.device)[:, None] + key.shape[2] - query.shape[2]
+    columns = torch.arange(key.shape[2], device=query.device)[None, :]
+    mask = columns <= rows
+    if window_size is not None:
+        mask = mask & (columns > rows - window_size)
+    mask = mask[None, None]
+    if pad_span is not None:
+        start, stop = (x[:, None, None, None] for x in pad_span.unbind(1))
+        mask = mask & ((columns < start) | (columns >= stop))
+    return mask
+
+
+def register() -> None:
+    """Make attn_implementation="hmt" known to transformers; `import hmt` does it."""
+    AttentionInterface.register(NAME, hmt_attention)
+    AttentionMaskInterface.register(NAME, hmt_mask)

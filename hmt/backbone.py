@@ -1,0 +1,102 @@
+"""What the recurrence needs of a causal language model: embed ids, run the layers, apply the head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The causal LM inside a PEFT wrapper (its LoRA layers stay injected), or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def embed(model: nn.Module, ids: Tensor) -> Tensor:
+    """Token embeddings E(ids), [B, T] -> [B, T, d]."""
+    return model.get_input_embeddings()(ids)
+
+
+def run_layers(
+    model: nn.Module, embeds: Tensor, mask: Tensor | None = None, cache: Cache | None = None, **kwargs: Any
+) -> Any:
+    """The backbone without its LM head on [B, T, d] embeddings; `.last_hidden_state` is taken after the final norm.
+
+    mask [B, past + T] is true where a key may be seen; None means everywhere. Attention is causal in either case.
+    """
+    if cache is not None:
+        kwargs.update(past_key_values=cache)
+    decoder = unwrap(model).base_model
+    return decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=cache is not None, **kwargs)
+
+
+def apply_head(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits of hidden states, with the scale or soft cap that the backbone's own forward pass would apply."""
+    model = unwrap(model)
+    config = model.config
+    logits = model.get_output_embeddings()(hidden)
+    if (scale := getattr(config, "logit_scale", None)) is not None:
+        logits = logits * scale
+    if (scale := getattr(config, "logits_scaling", None)) is not None:
+        logits = logits / scale
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def new_cache(model: nn.Module) -> Cache:
+    """An empty key/value cache of the kind that the backbone's layers expect."""
+    return DynamicCache(config=unwrap(model).config)
+
+
+def check_backbone(model: nn.Module) -> None:
+    """Raise unless `model` is a causal LM whose logits are head(layers(embeddings)), causally, as HMT needs.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: encoder-decoder, no LM head, no `inputs_embeds`, a later token changes an earlier output, or
+            logits that `apply_head` does not reproduce.
+    """
+    model = unwrap(model)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"backbone must be a transformers causal language model, got {type(model).__name__}")
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"backbone must be decoder-only, got the encoder-decoder {name}")
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"backbone must have an LM head, got {name}: load it with AutoModelForCausalLM")
+    if any(p.device.type == "meta" for p in model.parameters()):
+        return
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            _check_outputs(model, name)
+    finally:
+        model.train(training)
+
+
+def _check_outputs(model: PreTrainedModel, name: str) -> None:
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(6, device=model.device)[None] % vocab_size
+    embeds = embed(model, ids)
+    try:
+        hidden = run_layers(model, embeds).last_hidden_state
+        expected = model(inputs_embeds=embeds).logits
+    except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
+        raise ValueError(f"backbone {name} does not run on inputs_embeds alone: {error}") from error
+    logits = apply_head(model, hidden)
+    tolerance = 1e-3 * float(expected.abs().max()) + 1e-3
+    if logits.shape != expected.shape or float((logits - expected).abs().max()) > tolerance:
+        raise ValueError(
+            f"backbone {name} computes its logits in a way that hmt does not know (not its LM head on the last "
+            f"hidden state): please report the architecture"
+        )
+    # one visible future token is enough to break the recurrence, so it is worth a second pass over six tokens
+    changed = embed(model, torch.cat([ids[:, :-1], ids[:, :1]], dim=1))
+    earlier = run_layers(model, changed).last_hidden_state[:, :-1]
+    if float((earlier - hidden[:, :-1]).abs().max()) > 1e-3 * float(hidden.abs().max()) + 1e-3:
+        raise ValueError(f"backbone {name} is not causal: a later token changes earlier hidden states")

@@ -1,0 +1,115 @@
+"""Settings of a Hierarchical Memory Transformer around any causal language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+MODES = ("hmt", "rmt", "baseline")
+SUMMARY_SOURCES = ("current", "previous")
+
+
+def embedding_width(text_config: PreTrainedConfig) -> int:
+    """Width d of a token embedding, which is also the width of a memory (OPT: word_embed_proj_dim)."""
+    return getattr(text_config, "word_embed_proj_dim", None) or text_config.hidden_size
+
+
+class HMTConfig(PreTrainedConfig):
+    """Everything that the recurrence of arXiv 2405.06067 needs to know beside the backbone's own config.
+
+    Args:
+        text_config: the backbone's config (any decoder-only model of transformers), or its dict.
+        mode: "hmt" (recall from a queue), "rmt" (only the last memory is passed on) or "baseline" (no memory).
+        segment_length: tokens L of one segment.
+        num_sensory: tokens k of the previous segment that are read again in front of a segment.
+        queue_size: memories N kept for recall; the oldest is forgotten first.
+        summary_fraction: part f of a segment that its summary reads.
+        summary_source: "current" summarises the first round(L f) tokens of the segment itself, as the paper does;
+            "previous" the last round(L f) tokens of the one before, so that nothing ever sees a later token.
+        recall_dim: width h of the recall projections; None means the embedding width d.
+        recall_softmax_scale: scale of the recall scores; None means 1/sqrt(h). HMT-pytorch trained its
+            checkpoints with d, h >= 4096 at 1/h.
+        summary_batch_size: rows of one summary pass; larger is faster until the pass no longer fits caches or memory.
+        loss_chunk_size: positions whose logits the loss holds at once.
+
+    Raises:
+        ValueError: for a value outside its range, naming the argument.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> HMTConfig(text_config=LlamaConfig(), segment_length=512).queue_size
+        300
+    """
+
+    model_type = "hmt"
+    sub_configs = {"text_config": AutoConfig}
+    keys_to_ignore_at_inference = ["state", "trace"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    mode: str = "hmt"
+    segment_length: int = 512
+    num_sensory: int = 32
+    queue_size: int = 300
+    summary_fraction: float = 0.5
+    summary_source: str = "current"
+    recall_dim: int | None = None
+    recall_softmax_scale: float | None = None
+    summary_batch_size: int = 8
+    loss_chunk_size: int = 256
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.text_config, dict):
+            fields = dict(self.text_config)
+            self.text_config = CONFIG_MAPPING[fields.pop("model_type", "llama")](**fields)
+        elif self.text_config is None:
+            self.text_config = CONFIG_MAPPING["llama"]()
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(name, getattr(self.text_config, name, None))
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
+        if self.summary_source not in SUMMARY_SOURCES:
+            raise ValueError(f"summary_source must be one of {SUMMARY_SOURCES}, got {self.summary_source!r}")
+        for name, low in (("segment_length", 1), ("num_sensory", 0), ("queue_size", 1), ("summary_batch_size", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
+        if not isinstance(self.loss_chunk_size, int) or self.loss_chunk_size < 1:
+            raise ValueError(f"loss_chunk_size must be an integer >= 1, got {self.loss_chunk_size!r}")
+        if self.num_sensory > self.segment_length:
+            raise ValueError(
+                f"num_sensory must not exceed segment_length ({self.segment_length}), got {self.num_sensory}"
+            )
+        if not 0.0 < self.summary_fraction <= 1.0 or self.summary_length < 1:
+            raise ValueError(
+                f"summary_fraction must lie in (0, 1] and select at least one of the {self.segment_length} tokens "
+                f"of a segment, got {self.summary_fraction!r}"
+            )
+        if self.recall_dim is not None and (not isinstance(self.recall_dim, int) or self.recall_dim < 1):
+            raise ValueError(f"recall_dim must be an integer >= 1 or None, got {self.recall_dim!r}")
+
+    @property
+    def summary_length(self) -> int:
+        """Tokens that a full segment's summary reads."""
+        return round(self.segment_length * self.summary_fraction)
+
+    @property
+    def num_memory(self) -> int:
+        """Memory slots in front of a segment: 1, or 0 for the baseline."""
+        return 0 if self.mode == "baseline" else 1
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text_config.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width d of the token embeddings, as generic tools read it off a config."""
+        return embedding_width(self.text_config)

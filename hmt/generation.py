@@ -1,0 +1,62 @@
+"""How transformers' generate() drives the recurrence: one token per step, the state in place of a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import GenerationMixin
+
+from hmt.state import HMTState
+
+
+class HMTGenerationMixin(GenerationMixin):
+    """generate() for a model whose only memory is an `HMTState`, passed between steps under the name `state`.
+
+    A `state` given to generate() is continued and `input_ids` are then the new tokens only; it is not changed.
+    """
+
+    _is_stateful = True
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        state: HMTState | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool | None = True,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Inputs of the next forward pass: the whole prompt first, then the newest token with its state."""
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError("generate() of HMT needs input_ids: sensory memory reads tokens again, got inputs_embeds")
+        if not is_first_iteration:
+            input_ids, attention_mask = input_ids[:, -1:], None  # a generated token is never padding
+        return {
+            "input_ids": input_ids.to(self.device),
+            "attention_mask": attention_mask,
+            "state": state,
+            "use_cache": use_cache is not False,
+            "logits_to_keep": kwargs.get("logits_to_keep", 1),
+        }
+
+    @staticmethod
+    def _expand_inputs_for_generation(
+        expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs: Any
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        state = model_kwargs.pop("state", None)
+        if state is not None and expand_size > 1:
+            rows = torch.arange(state.batch_size).repeat_interleave(expand_size)
+            state = state.select_rows(rows)
+        input_ids, model_kwargs = GenerationMixin._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if state is not None:
+            model_kwargs["state"] = state.without_cache()
+        return input_ids, model_kwargs

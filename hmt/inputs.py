@@ -1,0 +1,39 @@
+"""Checks of what users pass to a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from hmt.state import HMTState
+
+
+def check_inputs(
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    logits_to_keep: int | None = None,
+    state: HMTState | None = None,
+    unknown: dict[str, Any] | None = None,
+) -> None:
+    """Raise a ValueError or TypeError that names the first argument that cannot be used, and what it should be."""
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids must be an integer tensor [B, T], got {type(input_ids).__name__}")
+    if input_ids.dim() != 2 or input_ids.is_floating_point():
+        raise ValueError(f"input_ids must be an integer tensor [B, T], got {input_ids.dtype} {tuple(input_ids.shape)}")
+    if input_ids.shape[1] == 0:
+        raise ValueError("input_ids must hold at least one token, got none")
+    for name, value in (("attention_mask", attention_mask), ("labels", labels), ("shift_labels", shift_labels)):
+        if value is not None and value.shape != input_ids.shape:
+            raise ValueError(f"{name} must have the shape {tuple(input_ids.shape)} of input_ids, got {tuple(value.shape)}")
+    if logits_to_keep is not None and (not isinstance(logits_to_keep, int) or logits_to_keep < 0):
+        raise ValueError(f"logits_to_keep must be an integer >= 0 or None, got {logits_to_keep!r}")
+    if state is not None and not isinstance(state, HMTState):
+        raise TypeError(f"state must be an HMTState, got {type(state).__name__}")
+    if state is not None and state.batch_size != input_ids.shape[0]:
+        raise ValueError(f"state has {state.batch_size} rows, but input_ids has {input_ids.shape[0]}")
+    used = [name for name, value in (unknown or {}).items() if value and name != "return_dict"]
+    if used:
+        raise TypeError(f"HMTForCausalLM.forward does not take {', '.join(used)}")

@@ -1,0 +1,40 @@
+"""Long-term memory: recall of past memory embeddings by cross-attention, with the projections absorbed."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from hmt_kernels import RecallOutput, memory_recall
+
+
+class MemoryRecall(nn.Module):
+    """Recall p = softmax((Wq q)(Wk M)^T * scale) M from the queue M (arXiv 2405.06067, section 3.2).
+
+    Because (Wq q)(Wk m)^T = (Wk^T Wq q) . m, the queue is never projected: `absorb` turns the summaries of all segments
+    into queries of embedding width in one product, and `forward` reads the queue once.
+
+    Args:
+        dim: embedding width d.
+        hidden_dim: width h of the projections wq, wk [h, d].
+        softmax_scale: None means 1/sqrt(h).
+
+    Example:
+        >>> recall = MemoryRecall(64, 64)
+        >>> out = recall(recall.absorb(torch.randn(2, 64)), torch.randn(2, 300, 64))
+        >>> out.recalled.shape
+        torch.Size([2, 1, 64])
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, softmax_scale: float | None = None):
+        super().__init__()
+        self.wq = nn.Linear(dim, hidden_dim, bias=False)
+        self.wk = nn.Linear(dim, hidden_dim, bias=False)
+        self.softmax_scale = hidden_dim**-0.5 if softmax_scale is None else softmax_scale
+
+    def absorb(self, summary: Tensor) -> Tensor:
+        """u = Wk^T (Wq q): summaries [..., d] to queries [..., d]."""
+        return self.wq(summary.to(self.wq.weight.dtype)) @ self.wk.weight
+
+    def forward(self, query: Tensor, memory: Tensor) -> RecallOutput:
+        """Recall for absorbed queries [B, d] from memories [B, N, d] in any slot order."""
+        return memory_recall(query[:, None].to(memory.dtype), memory, softmax_scale=self.softmax_scale)

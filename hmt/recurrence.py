@@ -1,0 +1,88 @@
+"""The recurrence of the Hierarchical Memory Transformer, one function per step of arXiv 2405.06067, section 3.
+
+A pass reads  [memory | sensory tokens | segment | memory]  and leaves the segment's own memory in its last position.
+Memory and sensory positions are always visible; padding hides tokens of the segment only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from hmt.backbone import embed, run_layers
+from hmt.tokens import Tokens, stack_rows
+
+
+def surround(front: Sequence[Tensor], tokens: Tensor, back: Sequence[Tensor], mask: Tensor | None) -> tuple:
+    """Concatenate embeddings [B, *, d] along positions, and extend a mask of the tokens with always visible slots."""
+    embeds = torch.cat([*front, tokens, *back], dim=1)
+    if mask is None:
+        return embeds, None
+    left, right = (sum(x.shape[1] for x in part) for part in (front, back))
+    return embeds, nn.functional.pad(mask, (left, right), value=True)
+
+
+def summarize(model: nn.Module, prompt: Tensor, texts: Sequence[Tokens], batch_size: int) -> list[Tensor]:
+    """Step 1 for many segments at once: q = h_last([T ; E(x) ; T]) with the summary prompt T [1, d]; one [B, d] each.
+
+    No summary depends on any memory, so all of them run as batches of about `batch_size` rows, without the LM head.
+    """
+    summaries: list[Tensor | None] = [None] * len(texts)
+    rows = texts[0].ids.shape[0] if texts else 1
+    for group in _equal_lengths(texts, max(1, batch_size // rows)):
+        batch = stack_rows([texts[i] for i in group])
+        embeds = embed(model, batch.ids)
+        slot = prompt.to(embeds.dtype).expand(len(embeds), -1, -1)
+        embeds, mask = surround([slot], embeds, [slot], batch.mask)
+        last = run_layers(model, embeds, mask).last_hidden_state[:, -1]
+        for i, summary in zip(group, last.split(rows), strict=True):
+            summaries[i] = summary
+    return [s for s in summaries if s is not None]
+
+
+def _equal_lengths(texts: Sequence[Tokens], size: int) -> list[list[int]]:
+    groups: list[list[int]] = []
+    for i, text in enumerate(texts):
+        if groups and len(groups[-1]) < size and texts[groups[-1][0]].length == text.length:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def read_segment(
+    model: nn.Module,
+    memory: Tensor | None,
+    sensory_ids: Tensor,
+    segment: Tokens,
+    *,
+    closing: bool,
+    cache: Cache | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Step 3: hidden states [B, T, d] of the segment's tokens and, when closing, the segment's memory [B, d].
+
+    memory [B, d] is p_n (None: no memory slots); sensory_ids [B, k] may be empty. The trailing memory slot changes no
+    earlier position, so it is only read when `closing`. A `cache` keeps the keys and values for decoding.
+    """
+    embeds = embed(model, torch.cat([sensory_ids, segment.ids], dim=1))
+    mask = None if segment.mask is None else nn.functional.pad(segment.mask, (sensory_ids.shape[1], 0), value=True)
+    slots = [] if memory is None else [memory[:, None].to(embeds.dtype)]
+    embeds, mask = surround(slots, embeds, slots if closing else [], mask)
+    hidden = run_layers(model, embeds, mask, cache).last_hidden_state
+    start = len(slots) + sensory_ids.shape[1]
+    new_memory = hidden[:, -1] if closing and slots else None
+    return hidden[:, start : start + segment.length], new_memory
+
+
+def decode_token(model: nn.Module, token: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
+    """Hidden state [B, 1, d] of one more token [B, 1] of the open segment.
+
+    mask [B, t + 1] covers the open segment and the token; None when nothing in it is padding.
+    """
+    if mask is not None:
+        in_front = cache.get_seq_length() + 1 - mask.shape[1]
+        mask = nn.functional.pad(mask, (in_front, 0), value=True)
+    return run_layers(model, embed(model, token), mask, cache).last_hidden_state

@@ -1,0 +1,106 @@
+"""The recurrent state: everything a model remembers of the text it has read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from hmt.tokens import Tokens
+
+
+@dataclass
+class HMTState:
+    """State after reading a text of any length, for B rows that share their segment borders.
+
+    Attributes:
+        queue: memory embeddings in a ring buffer [B, N, d]; segment n sits in slot n % N. None for the baseline.
+        num_closed: segments read to their end.
+        recent: last tokens of the latest closed segment, for sensory memory and the summary of the previous segment.
+        open: tokens of the segment that is not full yet.
+        cache: keys and values of the open segment while text is being generated; rebuilt when absent.
+    """
+
+    queue: Tensor | None
+    num_closed: int
+    recent: Tokens
+    open: Tokens
+    cache: Cache | None = field(default=None, repr=False)
+
+    @property
+    def num_open(self) -> int:
+        """Tokens in the open segment."""
+        return self.open.length
+
+    @property
+    def num_valid(self) -> int:
+        """Memories in the queue."""
+        return 0 if self.queue is None else min(self.num_closed, self.queue.shape[1])
+
+    @property
+    def batch_size(self) -> int:
+        return self.open.ids.shape[0]
+
+    def memories(self) -> Tensor:
+        """The queue's memories [B, num_valid, d], oldest first."""
+        queue = self._queue()
+        if self.num_closed <= queue.shape[1]:
+            return queue[:, : self.num_closed]
+        return queue.roll(-(self.num_closed % queue.shape[1]), dims=1)
+
+    def age_of(self, slot: Tensor) -> Tensor:
+        """How many segments ago the memory in `slot` was written: 1 is the previous segment."""
+        return (self.num_closed - 1 - slot) % self._queue().shape[1] + 1
+
+    def _queue(self) -> Tensor:
+        if self.queue is None:
+            raise ValueError("this state has no memories: it comes from a model of mode 'baseline'")
+        return self.queue
+
+    def without_cache(self) -> HMTState:
+        """The same state with no cached keys and values."""
+        return replace(self, cache=None)
+
+    def select_rows(self, rows: Tensor) -> HMTState:
+        """A new state whose row i is row rows[i] of this one (repeats allowed); its cache is rebuilt on use.
+
+        Raises:
+            TypeError: `rows` is not a one-dimensional integer tensor.
+        """
+        if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
+            raise TypeError(f"rows must be a one-dimensional integer tensor, got {rows!r}")
+        queue = None if self.queue is None else self.queue.index_select(0, rows.to(self.queue.device))
+        return HMTState(queue, self.num_closed, _select(self.recent, rows), _select(self.open, rows))
+
+    def reorder_cache(self, rows: Tensor) -> None:
+        """Row selection in place, cache included, as beam search of transformers asks for it."""
+        selected = self.select_rows(rows)
+        self.queue, self.recent, self.open = selected.queue, selected.recent, selected.open
+        if self.cache is not None:
+            self.cache.reorder_cache(rows)
+
+
+def _select(tokens: Tokens, rows: Tensor) -> Tokens:
+    rows = rows.to(tokens.ids.device)
+    return Tokens(tokens.ids[rows], None if tokens.mask is None else tokens.mask[rows])
+
+
+def empty_state(
+    batch_size: int, queue_size: int, width: int, *, dtype: torch.dtype, device: torch.device
+) -> HMTState:
+    """The state before any text: a queue of `queue_size` zeros (0: no queue), nothing recent, nothing open."""
+    nothing = Tokens(torch.zeros(batch_size, 0, dtype=torch.long, device=device))
+    queue = torch.zeros(batch_size, queue_size, width, dtype=dtype, device=device) if queue_size else None
+    return HMTState(queue, 0, nothing, nothing)
+
+
+def push_memory(state: HMTState, memory: Tensor) -> Tensor:
+    """The queue with memory [B, d] in its next ring slot; written in place unless gradients are recorded."""
+    queue = state._queue()
+    slot = state.num_closed % queue.shape[1]
+    if torch.is_grad_enabled() and (memory.requires_grad or queue.requires_grad):
+        return queue.select_scatter(memory.to(queue.dtype), dim=1, index=slot)
+    queue[:, slot] = memory
+    return queue
