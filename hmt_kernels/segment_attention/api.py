@@ -36,10 +36,11 @@ def segment_attention(
         q: [B, Hq, Tq, D], float16, bfloat16, float32 or float64; Tq <= Tk, Tq = 1 is decoding.
         k, v: [B, Hkv, Tk, D], q's dtype; Hq a multiple of Hkv (grouped heads). "reference" and "sdpa" take any D,
             the kernels 32, 64, 80, 96, 128, 256.
-        cos, sin: [1 or B, Tk, R], R even and at most D: rotary embedding (half-split convention) of the first R
-            features of q and k, by key position. They get no gradient.
+        cos, sin: [1 or B, Tk, R], R even and at most D, any float dtype: rotary embedding of the first R features of q
+            and k, by key position. Half-split convention: feature r turns with feature r + R/2, and the second half of
+            the tables repeats the first. They get no gradient.
         pad_span: [B, 2] int32, a half-open range of keys hidden from every query of that batch row; start >= end hides
-            none. Its values are not read on the host.
+            none. Its values are not read on the host. Hidden keys and values must be finite.
         window_size: number of keys a row sees, its own included; None for all.
         softmax_scale: the factor of the scores, 1 / sqrt(D) by default.
         return_lse: also return softmax_lse, the log-sum-exp of each row's scaled scores; it is differentiable.

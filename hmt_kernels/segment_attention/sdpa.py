@@ -30,28 +30,51 @@ def attend(
     softmax_scale: float | None,
 ) -> torch.Tensor:
     """o = softmax(softmax_scale * rot(q) rot(k)^T + mask) v, with a mask only where nothing cheaper says the same."""
-    q_len, k_len = q.shape[2], k.shape[2]
+    if window_size is not None:
+        # Keys that have left the window of the first row are seen by no row.
+        unseen = max(0, k.shape[2] - q.shape[2] + 1 - window_size)
+        k, v = k[:, :, unseen:], v[:, :, unseen:]
+        cos = None if cos is None else cos[:, unseen:]
+        sin = None if sin is None else sin[:, unseen:]
+        pad_span = None if pad_span is None else pad_span - unseen
+        window_size = None if window_size >= k.shape[2] else window_size
     if cos is not None and sin is not None:
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-    enable_gqa = q.shape[1] != k.shape[1]
-    windowed = window_size is not None and window_size < k_len
-    if pad_span is None and not windowed and (q_len == k_len or q_len == 1):
-        causal = q_len > 1  # one query row at the last position sees every key
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=enable_gqa)
-    visible = _visible(q, k, pad_span, window_size if windowed else None)
+    q_len, k_len = q.shape[2], k.shape[2]
+    if pad_span is None and window_size is None and (q_len == k_len or q_len == 1):
+        # A single row stands at the last position and sees every key.
+        return _sdpa(q, k, v, None, q_len > 1, softmax_scale)
+    visible = _visible(q, k, pad_span, window_size)
     if pad_span is None:  # every row sees at least itself
-        return F.scaled_dot_product_attention(q, k, v, visible, scale=softmax_scale, enable_gqa=enable_gqa)
+        return _sdpa(q, k, v, visible, False, softmax_scale)
     sees_any = visible.any(dim=-1, keepdim=True)  # [B, 1, Tq, 1]
     # A row that sees no key gets them all, so that no backend meets an empty softmax, and is then replaced by zeros.
-    o = F.scaled_dot_product_attention(q, k, v, visible | ~sees_any, scale=softmax_scale, enable_gqa=enable_gqa)
-    return torch.where(sees_any, o, 0.0)
+    return torch.where(sees_any, _sdpa(q, k, v, visible | ~sees_any, False, softmax_scale), 0.0)
+
+
+def _sdpa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    softmax_scale: float | None,
+) -> torch.Tensor:
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and q.is_cuda and (mask is not None or q.dtype not in (torch.float16, torch.bfloat16)):
+        # On CUDA only the flash backend shares key heads; the one for masks and float32 would give way to plain math.
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        groups = 1
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=is_causal, scale=softmax_scale, enable_gqa=groups > 1
+    )
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the first R features of x [B, H, T, D] in x's dtype, the last T rows of the tables being those of x."""
     length, rotary_dim = x.shape[2], cos.shape[2]
-    cos = cos[:, cos.shape[1] - length :].to(x.dtype).unsqueeze(1)  # [1 or B, 1, T, R]
-    sin = sin[:, sin.shape[1] - length :].to(x.dtype).unsqueeze(1)
+    cos = cos.detach()[:, cos.shape[1] - length :].to(x.dtype).unsqueeze(1)  # [1 or B, 1, T, R]
+    sin = sin.detach()[:, sin.shape[1] - length :].to(x.dtype).unsqueeze(1)
     rotated = x[..., :rotary_dim]
     first, second = rotated.chunk(2, dim=-1)
     rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
