@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -44,8 +44,8 @@ class HMTConfig(PreTrainedConfig):
     """
 
     model_type = "hmt"
-    sub_configs = {"text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["state", "trace"]
+    sub_configs: ClassVar = {"text_config": AutoConfig}
+    keys_to_ignore_at_inference: ClassVar = ["state", "trace"]
 
     text_config: dict | PreTrainedConfig | None = None
     mode: str = "hmt"

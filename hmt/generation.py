@@ -46,15 +46,18 @@ class HMTGenerationMixin(GenerationMixin):
             "logits_to_keep": kwargs.get("logits_to_keep", 1),
         }
 
-    @staticmethod
     def _expand_inputs_for_generation(
-        expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs: Any
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
         state = model_kwargs.pop("state", None)
         if state is not None and expand_size > 1:
             rows = torch.arange(state.batch_size).repeat_interleave(expand_size)
             state = state.select_rows(rows)
-        input_ids, model_kwargs = GenerationMixin._expand_inputs_for_generation(
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         if state is not None:

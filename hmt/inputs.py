@@ -27,13 +27,16 @@ def check_inputs(
         raise ValueError("input_ids must hold at least one token, got none")
     for name, value in (("attention_mask", attention_mask), ("labels", labels), ("shift_labels", shift_labels)):
         if value is not None and value.shape != input_ids.shape:
-            raise ValueError(f"{name} must have the shape {tuple(input_ids.shape)} of input_ids, got {tuple(value.shape)}")
+            raise ValueError(
+                f"{name} must have the shape {tuple(input_ids.shape)} of input_ids, got {tuple(value.shape)}"
+            )
     if logits_to_keep is not None and (not isinstance(logits_to_keep, int) or logits_to_keep < 0):
         raise ValueError(f"logits_to_keep must be an integer >= 0 or None, got {logits_to_keep!r}")
     if state is not None and not isinstance(state, HMTState):
         raise TypeError(f"state must be an HMTState, got {type(state).__name__}")
     if state is not None and state.batch_size != input_ids.shape[0]:
         raise ValueError(f"state has {state.batch_size} rows, but input_ids has {input_ids.shape[0]}")
-    used = [name for name, value in (unknown or {}).items() if value and name != "return_dict"]
+    used = [name for name, value in (unknown or {}).items() if value is not None and value is not False]
+    used = [name for name in used if name != "return_dict"]
     if used:
         raise TypeError(f"HMTForCausalLM.forward does not take {', '.join(used)}")

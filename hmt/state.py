@@ -87,9 +87,7 @@ def _select(tokens: Tokens, rows: Tensor) -> Tokens:
     return Tokens(tokens.ids[rows], None if tokens.mask is None else tokens.mask[rows])
 
 
-def empty_state(
-    batch_size: int, queue_size: int, width: int, *, dtype: torch.dtype, device: torch.device
-) -> HMTState:
+def empty_state(batch_size: int, queue_size: int, width: int, *, dtype: torch.dtype, device: torch.device) -> HMTState:
     """The state before any text: a queue of `queue_size` zeros (0: no queue), nothing recent, nothing open."""
     nothing = Tokens(torch.zeros(batch_size, 0, dtype=torch.long, device=device))
     queue = torch.zeros(batch_size, queue_size, width, dtype=dtype, device=device) if queue_size else None

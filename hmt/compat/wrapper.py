@@ -81,7 +81,9 @@ class RecurrentWrapper(nn.Module):
             raise ValueError("inputs_embeds is not supported: sensory memory reads tokens again, pass input_ids")
         num_kept = self.rmt_config.get("n_cell_out")
         if not isinstance(num_kept, int) or num_kept < 1:
-            raise ValueError(f"n_cell_out, a keyword argument of RecurrentWrapper, must be an integer >= 1, got {num_kept!r}")
+            raise ValueError(
+                f"n_cell_out, a keyword argument of RecurrentWrapper, must be an integer >= 1, got {num_kept!r}"
+            )
         text = self._text(input_ids, attention_mask)
         summary_size = round(segment_size * sum_fraction)
         # with mode="test" a segment's end depends on what it recalls, so only then a summary waits for its turn
@@ -148,7 +150,9 @@ class RecurrentWrapper(nn.Module):
         segments = self._segments(text, segment_size)
         num_known = 0 if mem_seq is None else mem_seq.shape[1]
         if num_known >= len(segments):
-            raise ValueError(f"mem_seq must hold fewer memories than the prompt's {len(segments)} segments, got {num_known}")
+            raise ValueError(
+                f"mem_seq must hold fewer memories than the prompt's {len(segments)} segments, got {num_known}"
+            )
         state = self._new_state(text.ids.shape[0])
         memory = sensory = None
         for number in range(num_known):
@@ -258,4 +262,6 @@ def _starts(length: int, size: int, extra: int, switch_at: int) -> list[int]:
 
 def _push(state: HMTState, memory: Tensor) -> HMTState:
     """The state with memory [B, 1, d] in its queue."""
-    return replace(state, queue=push_memory(state, memory[:, 0].to(state.queue.device)), num_closed=state.num_closed + 1)
+    return replace(
+        state, queue=push_memory(state, memory[:, 0].to(state.queue.device)), num_closed=state.num_closed + 1
+    )

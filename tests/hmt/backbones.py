@@ -1,0 +1,71 @@
+"""Tiny backbones of every tested architecture."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from hmt import HMTForCausalLM
+
+VOCAB = 128
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GROUPED = {**SHAPE, "intermediate_size": 128, "num_key_value_heads": 2}
+OPT = {**SHAPE, "ffn_dim": 128, "max_position_embeddings": 512}
+GPT2 = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**GROUPED),
+    "llama-tied": lambda: LlamaConfig(**GROUPED, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**GROUPED),
+    "qwen3": lambda: Qwen3Config(**GROUPED, head_dim=16),
+    "mistral-window": lambda: MistralConfig(**GROUPED, sliding_window=16),
+    "opt": lambda: OPTConfig(**OPT, word_embed_proj_dim=64),
+    "opt-projected": lambda: OPTConfig(**OPT, word_embed_proj_dim=48, do_layer_norm_before=False),
+    "gpt2": lambda: GPT2Config(**GPT2, n_positions=512),
+    "gpt-neox": lambda: GPTNeoXConfig(**SHAPE, intermediate_size=128),
+    "phi3": lambda: Phi3Config(**GROUPED),
+    "gemma2": lambda: Gemma2Config(**GROUPED, head_dim=16, sliding_window=16),
+    "gemma3": lambda: Gemma3TextConfig(**GROUPED, head_dim=16, sliding_window=16),
+}
+
+
+def backbone(name: str = "llama", seed: int = 0) -> PreTrainedModel:
+    """The named tiny backbone in evaluation mode, with weights large enough that every part of the model matters."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3.0)
+    return model
+
+
+def hmt_model(name: str = "llama", **settings: object) -> HMTForCausalLM:
+    """An HMT around the named backbone: segments of 16 tokens, 3 sensory tokens, a queue of 3 memories."""
+    settings = {"segment_length": 16, "num_sensory": 3, "queue_size": 3, **settings}
+    return HMTForCausalLM.from_backbone(backbone(name), **settings)
+
+
+def token_ids(batch_size: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCAB, (batch_size, length), generator=torch.Generator().manual_seed(seed))

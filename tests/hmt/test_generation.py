@@ -1,0 +1,222 @@
+"""generate(): segments close as a forward pass closes them, without limit, through transformers' own arguments."""
+
+from __future__ import annotations
+
+import golden
+import pytest
+import torch
+from backbones import hmt_model, token_ids
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from hmt import HMTForCausalLM
+
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def naive_greedy(model: HMTForCausalLM, ids: torch.Tensor, count: int) -> torch.Tensor:
+    """Greedy continuation without cache or shared code: p_n is fixed when its segment opens, and taken anew to close."""
+    config, lm = model.config, model.backbone
+    embed = lm.get_input_embeddings()
+    rows, length = ids.shape[0], config.segment_length
+
+    def run(embeds: torch.Tensor) -> torch.Tensor:
+        return lm(inputs_embeds=embeds, output_hidden_states=True)
+
+    def recall(segment: torch.Tensor, queue: list) -> torch.Tensor:
+        if not queue:
+            return model.memory.expand(rows, 1, -1)
+        if config.mode == "rmt":
+            return queue[-1]
+        prompt = model.summary_prompt.expand(rows, 1, -1)
+        half = embed(segment[:, : config.summary_length])
+        q = run(torch.cat([prompt, half, prompt], 1)).hidden_states[-1][:, -1:]
+        past = torch.cat(queue[-config.queue_size :], dim=1)
+        scores = (q @ model.recall.wq.weight.T) @ (past @ model.recall.wk.weight.T).transpose(1, 2)
+        return (scores * model.recall.softmax_scale).softmax(-1) @ past
+
+    queue, sensory, new = [], ids[:, :0], []
+    open_ids, memory = ids[:, :0], None
+    pending = ids
+    while True:
+        while pending.shape[1]:
+            take = pending[:, : length - open_ids.shape[1]]
+            opening = open_ids.shape[1] == 0
+            open_ids, pending = torch.cat([open_ids, take], 1), pending[:, take.shape[1] :]
+            if opening:
+                memory = recall(open_ids, queue)
+            if open_ids.shape[1] == length:
+                memory = recall(open_ids, queue)
+                out = run(torch.cat([memory, embed(sensory), embed(open_ids), memory], 1))
+                logits = out.logits[:, -2]
+                queue.append(out.hidden_states[-1][:, -1:])
+                sensory, open_ids = open_ids[:, length - config.num_sensory :], open_ids[:, :0]
+            else:
+                logits = run(torch.cat([memory, embed(sensory), embed(open_ids)], 1)).logits[:, -1]
+        if len(new) == count:
+            return torch.cat(new, dim=1)
+        new.append(logits.argmax(-1, keepdim=True))
+        pending = new[-1]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "opt-projected", "gpt2", "gemma3"])
+@pytest.mark.parametrize("mode", ["hmt", "rmt"])
+@pytest.mark.parametrize("prompt", [5, 16, 39], ids=lambda n: f"prompt{n}")
+@torch.no_grad()
+def test_generation_crosses_segment_borders(name: str, mode: str, prompt: int) -> None:
+    model = hmt_model(name, mode=mode)
+    ids = token_ids(2, prompt)
+    tokens = model.generate(ids, max_new_tokens=45, **GREEDY)
+    assert torch.equal(tokens[:, :prompt], ids)
+    assert torch.equal(tokens[:, prompt:], naive_greedy(model, ids, 45))
+
+
+@pytest.mark.parametrize("source", ["current", "previous"])
+@torch.no_grad()
+def test_state_after_generation_is_that_of_reading(source: str) -> None:
+    """The queue after generating equals that of one forward pass over prompt and generated text."""
+    model = hmt_model(summary_source=source)
+    ids = token_ids(2, 21)
+    result = model.generate(ids, max_new_tokens=50, return_dict_in_generate=True, **GREEDY)
+    state = result.past_key_values
+    expected = model.read(result.sequences[:, :-1])  # the last token has been chosen, not yet read
+    assert (state.num_closed, state.num_open) == (expected.num_closed, expected.num_open)
+    torch.testing.assert_close(state.queue, expected.queue, atol=1e-5, rtol=1e-5)
+    assert torch.equal(state.open.ids, expected.open.ids)
+
+
+@torch.no_grad()
+def test_generate_continues_a_state() -> None:
+    model = hmt_model()
+    ids = token_ids(2, 60)
+    state = model.read(ids[:, :48])
+    queue = state.queue.clone()
+    continued = model.generate(ids[:, 48:], state=state, max_new_tokens=20, **GREEDY)
+    assert torch.equal(continued, model.generate(ids, max_new_tokens=20, **GREEDY)[:, 48:])
+    assert torch.equal(state.queue, queue)
+
+
+@torch.no_grad()
+def test_padded_batch() -> None:
+    """A left-padded row gives what the padded forward pass gives, and padding's content does not matter."""
+    model = hmt_model(num_sensory=0)
+    ids = token_ids(2, 22)
+    mask = torch.ones_like(ids)
+    mask[1, :13] = 0
+    other = torch.where(mask.bool(), ids, ids + 1)
+    a = model.generate(ids, attention_mask=mask, max_new_tokens=30, **GREEDY)
+    b = model.generate(other, attention_mask=mask, max_new_tokens=30, **GREEDY)
+    assert torch.equal(a[:, 22:], b[:, 22:])
+    full = torch.cat([mask, torch.ones(2, 30, dtype=torch.long)], dim=1)
+    first = model(ids, attention_mask=mask, logits_to_keep=1).logits[:, -1].argmax(-1)
+    assert torch.equal(a[:, 22], first)
+    # at a segment's end decoding and teacher forcing see the same summary, so the next token must agree there
+    closed = model(a[:, :32], attention_mask=full[:, :32], logits_to_keep=1).logits[:, -1].argmax(-1)
+    assert torch.equal(a[:, 32], closed)
+
+
+class Recorder(BaseStreamer):
+    def __init__(self) -> None:
+        self.pieces: list[torch.Tensor] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.pieces.append(value.flatten())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@torch.no_grad()
+def test_streamer_sees_every_token() -> None:
+    model, streamer = hmt_model(), Recorder()
+    tokens = model.generate(token_ids(1, 20), max_new_tokens=33, streamer=streamer, **GREEDY)
+    assert torch.equal(torch.cat(streamer.pieces), tokens[0])
+    assert len(streamer.pieces) == 1 + 33 and streamer.ended
+
+
+@torch.no_grad()
+def test_sampling_is_seeded_and_follows_the_generation_config() -> None:
+    model = hmt_model()
+    config = GenerationConfig(do_sample=True, temperature=0.7, top_k=5, max_new_tokens=40, pad_token_id=0)
+    config.eos_token_id = None
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(model.generate(token_ids(2, 10), generation_config=config))
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+@torch.no_grad()
+def test_generation_stops_at_eos() -> None:
+    model = hmt_model()
+    ids = token_ids(1, 10)
+    free = model.generate(ids, max_new_tokens=40, **GREEDY)
+    eos = int(free[0, 10 + 25])
+    stopped = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=eos, pad_token_id=0)
+    first = int((free[0, 10:] == eos).nonzero()[0])
+    assert torch.equal(stopped, free[:, : 10 + first + 1])
+
+
+@torch.no_grad()
+def test_beam_search_scores_are_those_of_its_sequences() -> None:
+    """The state follows the beams: the score of each sequence is the one that reading it token by token gives."""
+    model = hmt_model(summary_source="previous")
+    ids = token_ids(2, 14)
+    out = model.generate(
+        ids,
+        max_new_tokens=12,
+        num_beams=3,
+        length_penalty=0.0,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **GREEDY,
+    )
+    logits = model(out.sequences).logits.log_softmax(-1)
+    chosen = logits[:, 13:-1].gather(2, out.sequences[:, 14:, None])[..., 0].sum(1)
+    torch.testing.assert_close(out.sequences_scores, chosen, atol=1e-3, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_several_sequences_from_one_state() -> None:
+    model = hmt_model()
+    state = model.read(token_ids(1, 40))
+    tokens = model.generate(
+        token_ids(1, 4, seed=1), state=state, num_return_sequences=3, do_sample=True, top_k=3, max_new_tokens=20,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    assert tokens.shape == (3, 24)
+    assert len({tuple(row) for row in tokens.tolist()}) > 1
+
+
+@torch.no_grad()
+def test_generation_without_cache_in_the_causal_mode_is_the_same() -> None:
+    model = hmt_model(summary_source="previous")
+    ids = token_ids(2, 20)
+    assert torch.equal(
+        model.generate(ids, max_new_tokens=30, **GREEDY),
+        model.generate(ids, max_new_tokens=30, use_cache=False, **GREEDY),
+    )
+
+
+def test_embeddings_are_refused() -> None:
+    model = hmt_model()
+    with pytest.raises((ValueError, TypeError), match="inputs_embeds"):
+        model.generate(inputs_embeds=torch.zeros(1, 3, 64), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", golden.names("i7") + golden.names("i8"))
+@torch.no_grad()
+def test_compat_generate_past_the_reference_limit(name: str) -> None:
+    """More than L - k new tokens: HMT-pytorch crashes (HMT) or repeats itself (RMT); here the recurrence goes on."""
+    case = golden.load(name)
+    wrapper = golden.build_wrapper(case)
+    ids = case.inputs["input_ids"]
+    tokens = wrapper.generate(
+        ids, case.inputs["attention_mask"], case.segment_size, max_new_tokens=case.max_new_tokens, **GREEDY
+    )
+    assert tokens.shape == (1, case.max_new_tokens)
+    assert torch.equal(tokens, naive_greedy(wrapper.to_hmt(case.segment_size), ids, case.max_new_tokens))
+    if case.tokens:  # until the open segment is full, the reference is right
+        free = case.segment_size - ids.shape[1] % case.segment_size
+        assert tokens[0, :free].tolist() == case.tokens[0][:free]
