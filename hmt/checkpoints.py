@@ -1,0 +1,121 @@
+"""Weights of HMT-pytorch: read its .pth files into an HMTForCausalLM."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hmt.model import HMTForCausalLM
+
+PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")
+BACKBONE = re.compile(r"^memory_cell\.model\.(?:base_model\.model\.)?")
+LORA = re.compile(r"^(?P<layer>.*)\.lora_(?P<factor>[AB])\.(?:[^.]+\.)?weight$")
+OWN = {
+    "mem": "summary_prompt",
+    "memory_cell.memory": "memory",
+    "cross_attn.wq.weight": "recall.wq.weight",
+    "cross_attn.wk.weight": "recall.wk.weight",
+}
+UNUSED = re.compile(r"^memory_cell\.mem_map\.")
+
+
+def load_hmt_pytorch(
+    source: str | Path | Mapping[str, Tensor],
+    backbone: PreTrainedModel,
+    *,
+    lora_alpha: float | None = None,
+    **settings: Any,
+) -> HMTForCausalLM:
+    """An HMTForCausalLM with the weights of a HMT-pytorch checkpoint; LoRA factors are merged, W + alpha/r B A.
+
+    The mode follows from the keys: `mem` and `cross_attn.*` make an HMT, `memory_cell.memory` alone an RMT (its
+    "stage 1"), neither the baseline. Recall of width h >= 4096 over embeddings of width d >= 4096 keeps the scale 1/h
+    that it was trained with.
+
+    Args:
+        source: a .pth or .safetensors file, or a state_dict.
+        backbone: a model of the checkpoint's architecture; its weights are overwritten by those in the file.
+        lora_alpha: required when the checkpoint holds LoRA factors (HMT-pytorch trains with 32).
+        settings: `segment_length`, `num_sensory`, `queue_size` and the like, which the files do not record.
+
+    Raises:
+        ValueError: keys that belong to no HMT-pytorch checkpoint or not to this backbone, LoRA without lora_alpha.
+        TypeError: a file that holds no state_dict.
+
+    Example:
+        >>> model = load_hmt_pytorch("model_weights.pth", backbone, segment_length=1022, num_sensory=32, queue_size=300)
+    """
+    weights = {PREFIXES.sub("", key): value for key, value in _read(source).items()}
+    own = {OWN[key]: weights.pop(key) for key in OWN if key in weights}
+    weights = {key: value for key, value in weights.items() if not UNUSED.match(key)}
+    foreign = [key for key in weights if not BACKBONE.match(key)]
+    if foreign:
+        raise ValueError(f"source is no HMT-pytorch checkpoint: unknown keys {_some(foreign)}")
+    weights = _merge_lora({BACKBONE.sub("", key): value for key, value in weights.items()}, lora_alpha)
+
+    settings.setdefault("mode", "hmt" if "summary_prompt" in own else "rmt" if "memory" in own else "baseline")
+    if "recall.wq.weight" in own:
+        h, d = own["recall.wq.weight"].shape
+        settings.setdefault("recall_dim", h)
+        if h >= 4096 and d >= 4096:
+            settings.setdefault("recall_softmax_scale", 1.0 / h)
+    missing, unexpected = backbone.load_state_dict(weights, strict=False)
+    tied = set(getattr(backbone, "all_tied_weights_keys", {}))
+    absent = [key for key in missing if key not in tied] if weights else []
+    if unexpected or absent:
+        raise ValueError(
+            f"source does not fit the backbone {type(backbone).__name__}: unexpected keys {_some(unexpected)}, "
+            f"missing keys {_some(absent)}"
+        )
+    model = HMTForCausalLM.from_backbone(backbone, **settings)
+    missing, unexpected = model.load_state_dict(own, strict=False)
+    absent = [key for key in missing if not key.startswith("backbone.")]
+    if unexpected or absent:
+        raise ValueError(
+            f"source does not fit mode {settings['mode']!r}: unexpected keys {_some(unexpected)}, missing {_some(absent)}"
+        )
+    return model
+
+
+def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    if isinstance(source, Mapping):
+        return source
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"source must be a file or a state_dict, but there is no file {str(path)!r}")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"source must hold a state_dict, {str(path)!r} holds a {type(weights).__name__}")
+    return weights
+
+
+def _merge_lora(weights: dict[str, Tensor], alpha: float | None) -> dict[str, Tensor]:
+    factors: dict[str, dict[str, Tensor]] = {}
+    merged = {}
+    for key, value in weights.items():
+        if match := LORA.match(key):
+            factors.setdefault(match["layer"], {})[match["factor"]] = value
+        else:
+            merged[key.replace(".base_layer.", ".")] = value
+    if factors and alpha is None:
+        raise ValueError(f"lora_alpha is required: the checkpoint holds LoRA factors of {len(factors)} layers")
+    for layer, pair in factors.items():
+        weight = merged[f"{layer}.weight"]
+        rank = pair["A"].shape[0]
+        update = (alpha / rank) * (pair["B"].float() @ pair["A"].float())
+        merged[f"{layer}.weight"] = (weight.float() + update).to(weight.dtype)
+    return merged
+
+
+def _some(keys: list[str]) -> str:
+    shown = ", ".join(keys[:3]) or "none"
+    return shown + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -1,0 +1,158 @@
+"""save_pretrained / from_pretrained, Auto classes, and files of HMT-pytorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import golden
+import pytest
+import torch
+from backbones import CONFIGS, backbone, hmt_model, token_ids
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hmt import HMTConfig, HMTForCausalLM
+from hmt.checkpoints import load_hmt_pytorch
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("mode", ["hmt", "rmt", "baseline"])
+@torch.no_grad()
+def test_save_and_load(name: str, mode: str, tmp_path: Path) -> None:
+    """Tied and untied weights come back exactly, through the Auto classes, with the backbone's attention restored."""
+    model = hmt_model(name, mode=mode, summary_source="previous", queue_size=5)
+    ids = token_ids(2, 60)
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(config, HMTConfig)
+    assert (config.mode, config.queue_size, config.segment_length) == (mode, 5, 16)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert isinstance(loaded, HMTForCausalLM)
+    assert loaded.backbone.config._attn_implementation == model.backbone.config._attn_implementation
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    assert torch.equal(loaded(ids).logits, expected)
+    tied = model.backbone.config.tie_word_embeddings
+    assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("attention", ["hmt", "sdpa", "eager"])
+def test_attention_asked_for_is_loaded(attention: str, tmp_path: Path) -> None:
+    hmt_model().save_pretrained(tmp_path)
+    loaded = HMTForCausalLM.from_pretrained(tmp_path, attn_implementation=attention)
+    assert loaded.backbone.config._attn_implementation == attention
+
+
+def test_dtype_is_loaded(tmp_path: Path) -> None:
+    hmt_model().save_pretrained(tmp_path)
+    loaded = HMTForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert loaded(token_ids(1, 40)).logits.dtype == torch.bfloat16
+
+
+def test_resized_embeddings_survive(tmp_path: Path) -> None:
+    model = hmt_model("llama")
+    model.resize_token_embeddings(140)
+    assert model.config.vocab_size == model.backbone.config.vocab_size == 140
+    with torch.no_grad():
+        assert model(torch.full((1, 20), 139)).logits.shape[-1] == 140
+    model.save_pretrained(tmp_path)
+    assert HMTForCausalLM.from_pretrained(tmp_path).get_output_embeddings().weight.shape[0] == 140
+
+
+@pytest.mark.parametrize("name", ["a_llama_evict", "d1_rmt_sensory4", "d4_baseline_sensory0", "e3_opt_proj_leftpad"])
+@pytest.mark.parametrize("kind", ["pth", "module-prefix", "safetensors", "state_dict"])
+@torch.no_grad()
+def test_hmt_pytorch_files(name: str, kind: str, tmp_path: Path) -> None:
+    """A reference checkpoint in each form gives the reference's logits."""
+    case = golden.load(name)
+    weights = case.weights
+    source: object = weights
+    if kind == "module-prefix":
+        weights = {f"module.{key}": value for key, value in weights.items()}
+    if kind in ("pth", "module-prefix"):
+        source = tmp_path / "model.pth"
+        torch.save(weights, source)
+    elif kind == "safetensors":
+        from safetensors.torch import save_file
+
+        source = tmp_path / "model.safetensors"
+        save_file(weights, source)
+    model = load_hmt_pytorch(
+        source,
+        golden.build_backbone(case),
+        segment_length=case.segment_size,
+        num_sensory=case.num_sensory,
+        queue_size=case.ltm_context,
+    )
+    assert model.config.mode == case.mode
+    logits = model(case.inputs["input_ids"], attention_mask=case.inputs.get("attention_mask")).logits
+    torch.testing.assert_close(logits, case.outputs["logits"], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_lora_factors_are_merged() -> None:
+    case = golden.load("a_llama_evict")
+    rank, alpha = 8, 32.0
+    weights, expected = {}, {}
+    generator = torch.Generator().manual_seed(0)
+    for key, value in case.weights.items():
+        inner = key.removeprefix("memory_cell.model.")
+        if inner == key:
+            weights[key] = value
+            continue
+        prefix = "memory_cell.model.base_model.model."
+        if inner.endswith(("q_proj.weight", "v_proj.weight")):
+            a = torch.randn(rank, value.shape[1], generator=generator) * 0.1
+            b = torch.randn(value.shape[0], rank, generator=generator) * 0.1
+            layer = prefix + inner.removesuffix(".weight")
+            weights |= {f"{layer}.base_layer.weight": value, f"{layer}.lora_A.default.weight": a}
+            weights[f"{layer}.lora_B.default.weight"] = b
+            expected[inner] = value + alpha / rank * b @ a
+        else:
+            weights[prefix + inner] = value
+    settings = {"segment_length": 32, "num_sensory": 4, "queue_size": 5}
+    model = load_hmt_pytorch(weights, golden.build_backbone(case), lora_alpha=alpha, **settings)
+    assert len(expected) == 4
+    for key, value in expected.items():
+        torch.testing.assert_close(model.backbone.state_dict()[key], value)
+    with pytest.raises(ValueError, match="lora_alpha"):
+        load_hmt_pytorch(weights, golden.build_backbone(case), **settings)
+
+
+def test_wide_recall_keeps_its_scale() -> None:
+    lm = backbone()
+    weights = {f"memory_cell.model.{k}": v for k, v in lm.state_dict().items()}
+    weights |= {"mem": torch.zeros(1, 64), "memory_cell.memory": torch.zeros(1, 64)}
+    for key in ("wq", "wk"):
+        weights[f"cross_attn.{key}.weight"] = torch.zeros(4096, 64)
+    model = load_hmt_pytorch(weights, lm, segment_length=16, num_sensory=2)
+    assert model.recall.softmax_scale == 4096**-0.5  # d is narrow, so not 1/h
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w | {"bert.pooler": torch.zeros(1)}, "no HMT-pytorch checkpoint"),
+        (lambda w: w | {"memory_cell.model.model.extra": torch.zeros(1)}, "unexpected keys model.extra"),
+        (lambda w: {k: v for k, v in w.items() if "embed_tokens" not in k}, "missing keys model.embed_tokens"),
+        (lambda w: {k: v for k, v in w.items() if "cross_attn" not in k}, "missing recall.wq"),
+        (lambda w: "nowhere.pth", "no file"),
+    ],
+    ids=["foreign", "unexpected", "missing", "no-recall", "no-file"],
+)
+def test_refused_checkpoints(change, message: str) -> None:
+    case = golden.load("a_llama_evict")
+    with pytest.raises(ValueError, match=message):
+        load_hmt_pytorch(change(case.weights), golden.build_backbone(case), segment_length=32, num_sensory=4)
+
+
+def test_pickled_code_is_not_run(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    torch.save({"mem": Payload()}, tmp_path / "evil.pth")
+    with pytest.raises(Exception, match="[Ww]eights"):
+        load_hmt_pytorch(tmp_path / "evil.pth", backbone(), segment_length=16, num_sensory=2)
+    assert not (tmp_path / "executed").exists()
