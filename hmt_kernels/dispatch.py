@@ -7,9 +7,11 @@ import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 ENVIRONMENT_VARIABLE = "HMT_KERNELS_IMPL"
 
@@ -57,6 +59,12 @@ class Decision(NamedTuple):
 _selected: str | None = None
 _modules: dict[tuple[str, str], ModuleType] = {}
 _missing: dict[tuple[str, str], str | None] = {}
+
+
+def _constant_when_compiled(function: _F) -> _F:
+    # What torch.compiler.assume_constant_result does, less its import of the whole compiler, which takes seconds.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @contextlib.contextmanager
@@ -107,7 +115,7 @@ def implementation(op_name: str, name: str) -> ModuleType:
 
 
 # torch.compile cannot trace an import by name; the answer depends on the machine only, never on the tensors.
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def missing(op_name: str, name: str) -> str | None:
     """Why this machine cannot run an implementation, whatever the tensors (None: it can). Asked once per process."""
     key = (op_name, name)
@@ -163,7 +171,7 @@ def _requested(op_name: str, impl: str | None) -> tuple[str | None, str]:
 
 
 # torch.compile does not guard on the environment: a compiled function keeps what it found when it was traced.
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def _environment() -> str | None:
     return os.environ.get(ENVIRONMENT_VARIABLE) or None
 

@@ -17,7 +17,7 @@ def forward(
     u, m, live = _prepare(query, memory, num_valid)
     scores = _scores(u, m, live, softmax_scale)  # [B, Q, N]
     lse = scores.logsumexp(dim=-1)  # [B, Q], -inf without a live slot
-    recalled = _probabilities(scores, lse, live) @ m  # [B, Q, D]
+    recalled = _probabilities(scores, live) @ m  # [B, Q, D]
     return recalled.to(query.dtype), lse, _strongest_slot(scores, live)
 
 
@@ -34,7 +34,7 @@ def backward(
     """ds = p (do . M - delta) with delta = do . o - dlse; du = scale ds M; dM = p^T do + scale ds^T u."""
     u, m, live = _prepare(query, memory, num_valid)
     do = d_recalled.to(u.dtype)
-    p = _probabilities(_scores(u, m, live, softmax_scale), lse, live)  # [B, Q, N]
+    p = _probabilities(_scores(u, m, live, softmax_scale), live)  # [B, Q, N]
     # delta is formed from p and M rather than from the stored output, which was rounded to query's dtype.
     dp = do @ m.mT  # [B, Q, N]
     delta = (p * dp).sum(dim=-1, keepdim=True)  # [B, Q, 1]
@@ -64,9 +64,9 @@ def _scores(u: torch.Tensor, m: torch.Tensor, live: torch.Tensor, softmax_scale:
     return torch.where(live, (u @ m.mT) * softmax_scale, -torch.inf)
 
 
-def _probabilities(scores: torch.Tensor, lse: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-    # Without a live slot, scores - lse is -inf - -inf = NaN, which where drops.
-    return torch.where(live, torch.exp(scores - lse.unsqueeze(-1)), 0.0)
+def _probabilities(scores: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    # softmax rather than exp(scores - lse), which loses what rounding took from a large lse; NaN without a live slot.
+    return torch.where(live, scores.softmax(dim=-1), 0.0)
 
 
 def _strongest_slot(scores: torch.Tensor, live: torch.Tensor) -> torch.Tensor:

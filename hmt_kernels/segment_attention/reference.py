@@ -33,7 +33,7 @@ def forward(
     visible = _visible(q, k, pad_span, window_size)
     scores = _scores(qr, kr, visible, softmax_scale)  # [B, Hkv, G, Tq, Tk]
     lse = scores.logsumexp(dim=-1)  # [B, Hkv, G, Tq], -inf for a row that sees no key
-    o = _probabilities(scores, lse, visible) @ vr  # [B, Hkv, G, Tq, D]
+    o = _probabilities(scores, visible) @ vr  # [B, Hkv, G, Tq, D]
     return _like(o.flatten(1, 2), q), lse.flatten(1, 2)
 
 
@@ -55,9 +55,8 @@ def backward(
     qr, kr, vr = _prepare(q, k, v, cos, sin)
     visible = _visible(q, k, pad_span, window_size)
     groups = qr.shape[1:3]  # Hkv, G
-    lse = softmax_lse.unflatten(1, groups)
     do = do.to(qr.dtype).unflatten(1, groups)  # [B, Hkv, G, Tq, D]
-    p = _probabilities(_scores(qr, kr, visible, softmax_scale), lse, visible)
+    p = _probabilities(_scores(qr, kr, visible, softmax_scale), visible)
     # delta is formed from p and v rather than from the stored output, which was rounded to q's dtype.
     dp = do @ vr.mT
     delta = (p * dp).sum(dim=-1, keepdim=True)
@@ -117,9 +116,9 @@ def _scores(q: torch.Tensor, k: torch.Tensor, visible: torch.Tensor, softmax_sca
     return torch.where(visible, (q @ k.mT) * softmax_scale, -torch.inf)
 
 
-def _probabilities(scores: torch.Tensor, lse: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    # In a row that sees no key, scores - lse is -inf - -inf = NaN, which where drops.
-    return torch.where(visible, torch.exp(scores - lse.unsqueeze(-1)), 0.0)
+def _probabilities(scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    # softmax rather than exp(scores - lse), which loses what rounding took from a large lse; NaN where no key is seen.
+    return torch.where(visible, scores.softmax(dim=-1), 0.0)
 
 
 def _like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -31,19 +31,22 @@ def attend(
 ) -> torch.Tensor:
     """o = softmax(softmax_scale * rot(q) rot(k)^T + mask) v, with a mask only where nothing cheaper says the same."""
     if window_size is not None:
-        # Keys that have left the window of the first row are seen by no row.
-        unseen = max(0, k.shape[2] - q.shape[2] + 1 - window_size)
-        k, v = k[:, :, unseen:], v[:, :, unseen:]
-        cos = None if cos is None else cos[:, unseen:]
-        sin = None if sin is None else sin[:, unseen:]
-        pad_span = None if pad_span is None else pad_span - unseen
-        window_size = None if window_size >= k.shape[2] else window_size
+        unseen = k.shape[2] - q.shape[2] + 1 - window_size
+        if unseen > 0:  # these first keys have left the window of every row
+            k, v = k[:, :, unseen:], v[:, :, unseen:]
+            cos = None if cos is None else cos[:, unseen:]
+            sin = None if sin is None else sin[:, unseen:]
+            pad_span = None if pad_span is None else pad_span - unseen
+        if window_size >= k.shape[2]:
+            window_size = None
     if cos is not None and sin is not None:
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     q_len, k_len = q.shape[2], k.shape[2]
-    if pad_span is None and window_size is None and (q_len == k_len or q_len == 1):
-        # A single row stands at the last position and sees every key.
-        return _sdpa(q, k, v, None, q_len > 1, softmax_scale)
+    if pad_span is None and window_size is None:
+        if q_len == 1:  # a single row stands at the last position and sees every key
+            return _sdpa(q, k, v, None, False, softmax_scale)
+        if q_len == k_len:
+            return _sdpa(q, k, v, None, True, softmax_scale)
     visible = _visible(q, k, pad_span, window_size)
     if pad_span is None:  # every row sees at least itself
         return _sdpa(q, k, v, visible, False, softmax_scale)
@@ -60,13 +63,16 @@ def _sdpa(
     is_causal: bool,
     softmax_scale: float | None,
 ) -> torch.Tensor:
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1 and q.is_cuda and (mask is not None or q.dtype not in (torch.float16, torch.bfloat16)):
+    enable_gqa = False
+    if q.shape[1] != k.shape[1]:
         # On CUDA only the flash backend shares key heads; the one for masks and float32 would give way to plain math.
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        groups = 1
+        if q.is_cuda and (mask is not None or q.dtype not in (torch.float16, torch.bfloat16)):
+            groups = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        else:
+            enable_gqa = True
     return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=is_causal, scale=softmax_scale, enable_gqa=groups > 1
+        q, k, v, mask, is_causal=is_causal, scale=softmax_scale, enable_gqa=enable_gqa
     )
 
 

@@ -1,0 +1,30 @@
+"""Shared by all tests: the Triton interpreter where there is no GPU, a fixed seed, a fresh compiler."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read by triton when it is imported, so it has to be set before any test module does that.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def default_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HMT_KERNELS_IMPL", raising=False)
+
+
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile keeps at most a few versions of a function: start and leave without any."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
