@@ -1,8 +1,9 @@
 """attn_implementation="hmt": segment_attention as an attention function of transformers, with its own mask function.
 
 The mask function never materialises what the operator computes by itself: no mask for plain causal attention
-(sliding windows included), an int32 tensor [B, 2] for one run of padding (`pad_span`), and a boolean mask
-[B, 1, Tq, Tk] for anything else, which SDPA then handles.
+(sliding windows included), an int32 tensor [B, 1, 1, 2] for one run of padding (`pad_span`), and a boolean mask
+[B, 1, Tq, Tk] for anything else, which SDPA then handles. The span has four dimensions because transformers takes a
+tensor of two for the padding mask itself when generate() prepares masks ahead of the model.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def hmt_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Smallest description of the mask that transformers asks for: None, a pad_span [B, 2] or a boolean mask."""
+    """Smallest description of the mask that transformers asks for: None, a pad_span [B, 1, 1, 2] or a boolean mask."""
     config = kwargs.get("config")
     windowed = local_size is not None and local_size == getattr(config, "sliding_window", None)
     plain = allow_is_causal_skip and (mask_function is causal_mask_function or windowed)
@@ -59,7 +60,7 @@ def hmt_mask(
                 return None
             span = pad_span_of(visible)
             if span is not None:
-                return span
+                return span[:, None, None]
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -98,16 +99,16 @@ def hmt_attention(
             'attn_implementation="hmt" does not support a soft cap on attention scores: use attn_implementation="eager"'
         )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    is_span = attention_mask is not None and attention_mask.dim() == 2
-    if (attention_mask is not None and not is_span) or dropout or not causal or "position_bias" in kwargs:
-        if is_span or (attention_mask is None and causal):
-            attention_mask = _dense_mask(query, key, attention_mask, sliding_window)
+    pad_span = None
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        pad_span, attention_mask = attention_mask[:, 0, 0], None
+    if attention_mask is not None or dropout or not causal or "position_bias" in kwargs:
+        if attention_mask is None and causal:
+            attention_mask = _dense_mask(query, key, pad_span, sliding_window)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
-    out = segment_attention(
-        query, key, value, pad_span=attention_mask, window_size=sliding_window, softmax_scale=scaling
-    )
+    out = segment_attention(query, key, value, pad_span=pad_span, window_size=sliding_window, softmax_scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
