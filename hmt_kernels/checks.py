@@ -14,7 +14,7 @@ _INFINITY = float("inf")
 def check_memory_recall(
     query: torch.Tensor, memory: torch.Tensor, num_valid: torch.Tensor | None, softmax_scale: float
 ) -> None:
-    """Raise TypeError (types, dtypes) or ValueError (shapes, devices, values) unless memory_recall can take these."""
+    """Raise TypeError (types, dtypes) or ValueError (shapes, devices, values) unless the operator can take these."""
     check_float_tensor("query", query, 3, "[B, Q, D]")
     check_float_tensor("memory", memory, 3, "[B, N, D]")
     check_same("memory", memory, "query", query)
@@ -43,7 +43,7 @@ def check_segment_attention(
     window_size: int | None,
     softmax_scale: float | None,
 ) -> None:
-    """Raise TypeError (types, dtypes) or ValueError (shapes, devices, values) unless segment_attention can take these."""
+    """Raise TypeError (types, dtypes) or ValueError (shapes, devices, values) unless the operator can take these."""
     check_float_tensor("q", q, 4, "[B, Hq, Tq, D]")
     check_float_tensor("k", k, 4, "[B, Hkv, Tk, D]")
     check_float_tensor("v", v, 4, "[B, Hkv, Tk, D]")

@@ -61,10 +61,17 @@ _modules: dict[tuple[str, str], ModuleType] = {}
 _missing: dict[tuple[str, str], str | None] = {}
 
 
-def _constant_when_compiled(function: _F) -> _F:
+def constant_when_compiled(function: _F) -> _F:
+    """Let torch.compile call this function of constants instead of tracing it, and take its result as a constant."""
     # What torch.compiler.assume_constant_result does, less its import of the whole compiler, which takes seconds.
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@constant_when_compiled
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """torch.cuda.get_device_capability for the `unavailable` of an implementation: torch.compile cannot trace that."""
+    return torch.cuda.get_device_capability(device)
 
 
 @contextlib.contextmanager
@@ -115,7 +122,7 @@ def implementation(op_name: str, name: str) -> ModuleType:
 
 
 # torch.compile cannot trace an import by name; the answer depends on the machine only, never on the tensors.
-@_constant_when_compiled
+@constant_when_compiled
 def missing(op_name: str, name: str) -> str | None:
     """Why this machine cannot run an implementation, whatever the tensors (None: it can). Asked once per process."""
     key = (op_name, name)
@@ -127,7 +134,7 @@ def missing(op_name: str, name: str) -> str | None:
 def decide(
     op_name: str, impl: str | None, args: tuple[Any, ...], excluded: Mapping[str, str] | None = None
 ) -> Decision:
-    """Pick an implementation for `unavailable(*args)`, args[0] being the query; `excluded` holds reasons known already."""
+    """Pick the implementation for `unavailable(*args)`, args[0] being the query; `excluded` holds known reasons."""
     name, source = _requested(op_name, impl)
     if name is not None:
         reason = _why_not(op_name, name, args, excluded)
@@ -171,7 +178,7 @@ def _requested(op_name: str, impl: str | None) -> tuple[str | None, str]:
 
 
 # torch.compile does not guard on the environment: a compiled function keeps what it found when it was traced.
-@_constant_when_compiled
+@constant_when_compiled
 def _environment() -> str | None:
     return os.environ.get(ENVIRONMENT_VARIABLE) or None
 

@@ -1,4 +1,4 @@
-"""The operators written a second time, as naively as possible, in the dtype of their inputs: what tests compare with."""
+"""The operators written a second time, naively, in the dtype of their inputs: what the tests compare with."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import torch
 
 
 def recall(
-    query: torch.Tensor,
-    memory: torch.Tensor,
-    num_valid: list[int] | None,
-    softmax_scale: float,
+    query: torch.Tensor, memory: torch.Tensor, num_valid: list[int] | None, softmax_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """recalled, lse, slot of memory_recall, one batch row at a time, over a slice that holds the live slots only."""
     recalled, lse, slot = [], [], []

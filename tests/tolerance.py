@@ -6,13 +6,9 @@ import torch
 
 
 def assert_accurate(
-    actual: torch.Tensor,
-    rounded: torch.Tensor,
-    exact: torch.Tensor,
-    name: str = "result",
-    atol: float | None = None,
+    actual: torch.Tensor, rounded: torch.Tensor, exact: torch.Tensor, name: str = "result", atol: float | None = None
 ) -> None:
-    """Assert max |actual - exact| <= 2 max |rounded - exact| + atol, and that the three are infinite in the same places.
+    """Assert max |actual - exact| <= 2 max |rounded - exact| + atol, and that infinite values stand in the same places.
 
     `exact` is the float64 result, `rounded` what plain PyTorch gives in the dtype under test. The default atol is one
     rounding of the largest value of `exact` to actual's dtype, plus the noise of sums accumulated in float32 over

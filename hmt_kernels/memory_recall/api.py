@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hmt_kernels.autocast import without_autocast
 from hmt_kernels.checks import check_memory_recall
 from hmt_kernels.dispatch import Decision, chosen, implementation
 from hmt_kernels.dispatch import decide as decide_implementation
@@ -42,7 +43,8 @@ def memory_recall(
         RecallOutput: recalled [B, Q, D] in query's dtype; lse [B, Q], the log-sum-exp of the scaled scores, float32
         (float64 for float64); slot [B, Q] int32, the slot with the largest score, the lowest index on ties. Without
         a live slot: zeros, -inf, -1. Sums are accumulated in float32. recalled and lse are differentiable (once)
-        with respect to query and memory. Any strides are accepted; the results are contiguous.
+        with respect to query and memory. Any strides are accepted; the results are contiguous. torch.autocast changes
+        nothing.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -89,7 +91,9 @@ torch.library.define(
 def _fwd(
     query: torch.Tensor, memory: torch.Tensor, num_valid: torch.Tensor | None, softmax_scale: float, impl: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return implementation("memory_recall", impl).forward(query, memory, num_valid, softmax_scale)
+    forward = implementation("memory_recall", impl).forward
+    with without_autocast(query.device):
+        return forward(query, memory, num_valid, softmax_scale)
 
 
 @torch.library.impl("hmt_kernels::memory_recall_bwd", "CompositeExplicitAutograd")
@@ -105,7 +109,8 @@ def _bwd(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     backward = implementation("memory_recall", impl).backward
-    return backward(d_recalled, d_lse, query, memory, num_valid, recalled, lse, softmax_scale)
+    with without_autocast(query.device):
+        return backward(d_recalled, d_lse, query, memory, num_valid, recalled, lse, softmax_scale)
 
 
 @torch.library.register_fake("hmt_kernels::memory_recall_fwd")
@@ -159,3 +164,10 @@ def _autograd(
 
 
 torch.library.register_autograd("hmt_kernels::memory_recall_fwd", _autograd, setup_context=_setup_context)
+
+
+def _no_second_derivative(ctx: Any, *grads: torch.Tensor | None) -> None:
+    raise NotImplementedError("memory_recall can be differentiated once: its gradients have no gradient")
+
+
+torch.library.register_autograd("hmt_kernels::memory_recall_bwd", _no_second_derivative)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from hmt_kernels.autocast import without_autocast
 from hmt_kernels.checks import check_segment_attention
 from hmt_kernels.dispatch import Decision, chosen, implementation
 from hmt_kernels.dispatch import decide as decide_implementation
@@ -48,7 +49,8 @@ def segment_attention(
 
     Returns:
         o [B, Hq, Tq, D] in q's dtype, or (o, softmax_lse [B, Hq, Tq] float32, float64 for float64). A row that sees no
-        key gives o = 0, softmax_lse = -inf and zero gradients. Any strides are accepted; o is laid out as q is.
+        key gives o = 0, softmax_lse = -inf and zero gradients. Any strides are accepted; o is laid out as q is, where
+        the implementation is a kernel of ours. torch.autocast changes nothing.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -67,7 +69,8 @@ def segment_attention(
     if softmax_scale is None:
         softmax_scale = q.shape[3] ** -0.5
     if name == "sdpa":
-        return sdpa.attend(q, k, v, cos, sin, pad_span, window_size, softmax_scale)
+        with without_autocast(q.device):
+            return sdpa.attend(q, k, v, cos, sin, pad_span, window_size, softmax_scale)
     o, softmax_lse = torch.ops.hmt_kernels.segment_attention_fwd(
         q, k, v, cos, sin, pad_span, window_size, softmax_scale, name
     )
@@ -121,7 +124,8 @@ def _fwd(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     forward = implementation("segment_attention", impl).forward
-    return forward(q, k, v, cos, sin, pad_span, window_size, softmax_scale)
+    with without_autocast(q.device):
+        return forward(q, k, v, cos, sin, pad_span, window_size, softmax_scale)
 
 
 @torch.library.impl("hmt_kernels::segment_attention_bwd", "CompositeExplicitAutograd")
@@ -141,7 +145,8 @@ def _bwd(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     backward = implementation("segment_attention", impl).backward
-    return backward(do, dlse, q, k, v, cos, sin, pad_span, o, softmax_lse, window_size, softmax_scale)
+    with without_autocast(q.device):
+        return backward(do, dlse, q, k, v, cos, sin, pad_span, o, softmax_lse, window_size, softmax_scale)
 
 
 @torch.library.register_fake("hmt_kernels::segment_attention_fwd")
@@ -177,3 +182,10 @@ def _autograd(ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None) -> t
 
 
 torch.library.register_autograd("hmt_kernels::segment_attention_fwd", _autograd, setup_context=_setup_context)
+
+
+def _no_second_derivative(ctx: Any, *grads: torch.Tensor | None) -> None:
+    raise NotImplementedError("segment_attention can be differentiated once: its gradients have no gradient")
+
+
+torch.library.register_autograd("hmt_kernels::segment_attention_bwd", _no_second_derivative)

@@ -51,7 +51,8 @@ def recalled(impl=None):
 
 
 def test_argument_context_and_environment_choose(doubling, monkeypatch):
-    assert recalled() == 1 and recalled(doubling) == 2
+    assert recalled() == 1
+    assert recalled(doubling) == 2
     with use_impl(doubling):
         assert recalled() == 2
         assert recalled("reference") == 1  # the argument wins over the context
@@ -97,16 +98,10 @@ def test_names_of_other_operators_leave_the_default(source, monkeypatch):
 
 
 def test_unknown_names_are_refused(monkeypatch):
-    with pytest.raises(
-        ValueError,
-        match="use_impl: the implementation must be one of .*, got 'fastest'",
-    ):
+    with pytest.raises(ValueError, match=r"use_impl: the implementation must be one of .*, got 'fastest'"):
         use_impl("fastest").__enter__()
     monkeypatch.setenv("HMT_KERNELS_IMPL", "fastest")
-    with pytest.raises(
-        ValueError,
-        match="HMT_KERNELS_IMPL: the implementation must be one of .*, got 'fastest'",
-    ):
+    with pytest.raises(ValueError, match=r"HMT_KERNELS_IMPL: the implementation must be one of .*, got 'fastest'"):
         recalled()
 
 
@@ -138,20 +133,20 @@ def test_default_of_attention():
     ]
     lines = explain("segment_attention", Q, K, V, return_lse=True).splitlines()
     assert lines[0] == "segment_attention: reference, the default for these cpu tensors"
-    assert lines[1].startswith("  not sdpa: ") and "softmax_lse" in lines[1]
+    assert lines[1].startswith("  not sdpa: ")
+    assert "softmax_lse" in lines[1]
 
 
 @pytest.mark.parametrize("op_name", dispatch.KNOWN)
 def test_triton_is_never_the_default_on_the_cpu(op_name):
     for rule in dispatch.RULES:
         if rule.op_name == op_name and rule.device_type != "cuda":
-            assert "triton" not in rule.order and "cuda" not in rule.order
+            assert "triton" not in rule.order
+            assert "cuda" not in rule.order
 
 
 @pytest.mark.parametrize("op_name", dispatch.KNOWN)
-def test_every_rule_names_known_implementations_and_ends_with_one_that_always_runs(
-    op_name,
-):
+def test_every_rule_names_known_implementations_and_ends_with_one_that_always_runs(op_name):
     rules = [rule for rule in dispatch.RULES if rule.op_name == op_name]
     assert rules[-1].device_type == "any"
     for rule in rules:
@@ -169,10 +164,7 @@ def test_implementations_lists_each_with_a_reason_or_none(op_name):
 
 @pytest.mark.parametrize("function", [dispatch.implementations, explain], ids=["implementations", "explain"])
 def test_unknown_operator(function):
-    with pytest.raises(
-        ValueError,
-        match="op_name must be one of memory_recall, segment_attention, got 'recall'",
-    ):
+    with pytest.raises(ValueError, match="op_name must be one of memory_recall, segment_attention, got 'recall'"):
         function("recall")
 
 
@@ -265,21 +257,28 @@ def test_compiled_code_obeys_use_impl_within_it(doubling):
         with use_impl(doubling):
             within = memory_recall(query, memory, softmax_scale=0.5).recalled
             argument = memory_recall(query, memory, softmax_scale=0.5, impl="reference").recalled
-        return torch.stack(
-            [
-                before,
-                within,
-                argument,
-                memory_recall(query, memory, softmax_scale=0.5).recalled,
-            ]
-        )
+        return torch.stack([before, within, argument, memory_recall(query, memory, softmax_scale=0.5).recalled])
 
     compiled, found = implementations_in_graph(function)
     assert compiled(QUERY, MEMORY)[:, 0, 0, 0].tolist() == [1, 2, 1, 1]
     assert found[1:3] == [doubling, "reference"]
-    assert function(QUERY, MEMORY)[:, 0, 0, 0].tolist() == [
-        1,
-        2,
-        1,
-        1,
-    ]  # and the compiled call has left no trace
+    assert function(QUERY, MEMORY)[:, 0, 0, 0].tolist() == [1, 2, 1, 1]  # and the compiled call has left no trace
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_an_implementation_may_ask_for_the_compute_capability_when_compiled(doubling, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+
+    def unavailable(query, memory):
+        return None if dispatch.compute_capability(query.device) >= (9, 0) else "it needs compute capability 9.0"
+
+    monkeypatch.setattr(dispatch._modules["memory_recall", doubling], "unavailable", unavailable)
+
+    def function(query, memory):
+        return memory_recall(query, memory, softmax_scale=0.5).recalled
+
+    rule = dispatch.Rule("memory_recall", "cpu", dispatch._any_shape, (doubling, "reference"))
+    monkeypatch.setattr(dispatch, "RULES", (rule, *dispatch.RULES))
+    compiled, found = implementations_in_graph(function)
+    assert compiled(QUERY, MEMORY).unique().item() == 1
+    assert found == ["reference"]

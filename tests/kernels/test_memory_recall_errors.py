@@ -38,7 +38,7 @@ BAD = {
     "num_valid-shape": ({"num_valid": torch.zeros(3, dtype=torch.int32)}, ValueError, r"num_valid .*\[2\], got \[3\]"),
     "num_valid-rank": ({"num_valid": torch.zeros(2, 1, dtype=torch.int32)}, ValueError, r"num_valid .*got \[2, 1\]"),
     "num_valid-device": (
-        {"num_valid": torch.zeros(2, dtype=torch.int32, device=META)}, ValueError, "num_valid must be on .*cpu, got meta",
+        {"num_valid": torch.zeros(2, dtype=torch.int32, device=META)}, ValueError, "num_valid must be .*cpu, got meta",
     ),
     "scale-string": ({"softmax_scale": "0.1"}, TypeError, "softmax_scale must be a number, got str"),
     "scale-tensor": ({"softmax_scale": torch.tensor(0.1)}, TypeError, "softmax_scale must be a number, got Tensor"),

@@ -51,7 +51,10 @@ def test_opcheck_of_the_backward_operator(with_d_lse, slots):
 def test_gradcheck(counts):
     query, memory, _ = make_inputs()
     counts = None if counts is None else torch.tensor(counts, dtype=torch.int32)
-    call = lambda query, memory: memory_recall(query, memory, counts, softmax_scale=0.7)[:2]
+
+    def call(query, memory):
+        return memory_recall(query, memory, counts, softmax_scale=0.7)[:2]
+
     assert torch.autograd.gradcheck(call, (query, memory))
 
 
@@ -96,30 +99,28 @@ def test_compiled_once_for_all_shapes():
     assert_same(run_with_gradients(compiled, *inputs), run_with_gradients(recall_loss, *inputs))
     with torch.compiler.set_stance("fail_on_recompile"):
         inputs = make_inputs(queries=5, slots=23)
-        assert_same(
-            run_with_gradients(compiled, *inputs),
-            run_with_gradients(recall_loss, *inputs),
-        )
+        assert_same(run_with_gradients(compiled, *inputs), run_with_gradients(recall_loss, *inputs))
 
 
 def test_fake_tensors_pass_through():
     with FakeTensorMode():
-        query, memory = (
-            torch.empty(2, 3, 16, dtype=torch.half),
-            torch.empty(2, 5, 16, dtype=torch.half),
-        )
+        query, memory = (torch.empty(2, 3, 16, dtype=torch.half), torch.empty(2, 5, 16, dtype=torch.half))
         counts = torch.empty(2, dtype=torch.int32)
         recalled, lse, slot = memory_recall(query, memory, counts, softmax_scale=0.5)
-    assert recalled.shape == (2, 3, 16) and recalled.dtype == torch.half
-    assert lse.shape == (2, 3) and lse.dtype == torch.float32
-    assert slot.shape == (2, 3) and slot.dtype == torch.int32
+    assert recalled.shape == (2, 3, 16)
+    assert recalled.dtype == torch.half
+    assert lse.shape == (2, 3)
+    assert lse.dtype == torch.float32
+    assert slot.shape == (2, 3)
+    assert slot.dtype == torch.int32
 
 
 def test_no_graph_without_gradients():
     query, memory, counts = make_inputs()
     with torch.no_grad():
         out = memory_recall(query, memory, counts, softmax_scale=0.25)
-    assert not out.recalled.requires_grad and not out.lse.requires_grad
+    assert not out.recalled.requires_grad
+    assert not out.lse.requires_grad
     assert not memory_recall(query, memory, counts, softmax_scale=0.25).slot.requires_grad
 
 
@@ -131,3 +132,18 @@ def test_gradient_of_one_input_only():
         inputs[wanted].requires_grad_()
         (grad,) = torch.autograd.grad(recall_loss(*inputs, counts)[0], inputs[wanted])
         torch.testing.assert_close(grad, both[wanted])
+
+
+def test_autocast_changes_nothing():
+    inputs = make_inputs(dtype=torch.float32)
+    expected = run_with_gradients(recall_loss, *inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = run_with_gradients(recall_loss, *inputs)
+    assert all(torch.equal(a, e) and a.dtype == e.dtype for a, e in zip(actual, expected, strict=True))
+
+
+def test_second_derivatives_are_refused():
+    query, memory, counts = make_inputs()
+    (grad,) = torch.autograd.grad(recall_loss(query, memory, counts)[0], query, create_graph=True)
+    with pytest.raises(NotImplementedError, match="memory_recall can be differentiated once"):
+        grad.sum().backward()

@@ -1,4 +1,4 @@
-"""segment_attention: results and gradients against a naive oracle in float64, holes, windows, rotary tables, strides."""
+"""segment_attention: results and gradients against a naive float64 oracle, holes, windows, rotary tables, strides."""
 
 from __future__ import annotations
 
@@ -44,8 +44,12 @@ CASES = {
     "rotary-partial": {"shape": (2, 4, 2, 33, 33, 80), "rotary": (1, 20)},
     "rotary-shorter-queries": {"shape": (2, 4, 2, 5, 33, 64), "rotary": (2, 16)},
     "rotary-decoding": {"shape": (2, 4, 2, 1, 33, 64), "rotary": (2, 64)},
-    "everything": {"shape": (2, 4, 2, 20, 33, 64), "rotary": (2, 16), "pad_span": [(4, 28), (9, 10)], "window_size": 13},
-    "everything-decoding": {"shape": (2, 4, 2, 1, 33, 64), "rotary": (2, 16), "pad_span": [(4, 28), (0, 33)], "window_size": 9},
+    "everything": {
+        "shape": (2, 4, 2, 20, 33, 64), "rotary": (2, 16), "pad_span": [(4, 28), (9, 10)], "window_size": 13,
+    },
+    "everything-decoding": {
+        "shape": (2, 4, 2, 1, 33, 64), "rotary": (2, 16), "pad_span": [(4, 28), (0, 33)], "window_size": 9,
+    },
 }  # fmt: skip
 
 
@@ -111,9 +115,12 @@ def test_long_segment(impl):
 def test_rows_without_a_visible_key_are_exactly_zero(q_len, dtype, impl):
     qkv, settings, _ = make_case((2, 4, 2, q_len, 9, 32), dtype, rotary=(1, 32), pad_span=[(0, 9), (0, 0)])
     o = segment_attention(*qkv, **settings, impl=impl)
-    assert torch.equal(o[0], torch.zeros_like(o[0])) and o[1].all()
+    assert torch.equal(o[0], torch.zeros_like(o[0]))
+    assert o[1].all()
     for grad in torch.autograd.grad(o, qkv, torch.randn_like(o)):
-        assert torch.equal(grad[0], torch.zeros_like(grad[0])) and grad[1].isfinite().all() and grad[1].any()
+        assert torch.equal(grad[0], torch.zeros_like(grad[0]))
+        assert grad[1].isfinite().all()
+        assert grad[1].any()
 
 
 def test_infinite_lse_brings_no_nan_into_the_gradients():
@@ -162,7 +169,8 @@ def test_rotary_tables_of_another_dtype_and_without_gradient(impl):
     o = segment_attention(*qkv, **tables, impl=impl)
     torch.testing.assert_close(o, segment_attention(*qkv, **settings, impl=impl), atol=2e-3, rtol=2e-3)
     grads = torch.autograd.grad(o.sum(), (*qkv, *tables.values()), allow_unused=True)
-    assert all(grad is not None for grad in grads[:3]) and grads[3:] == (None, None)
+    assert all(grad is not None for grad in grads[:3])
+    assert grads[3:] == (None, None)
 
 
 def layouts(x):

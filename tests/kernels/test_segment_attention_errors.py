@@ -85,7 +85,7 @@ def test_bad_argument_is_named(case):
 
 
 def test_sdpa_asked_for_with_lse_is_an_error():
-    with pytest.raises(ValueError, match="'sdpa', chosen by impl=, cannot run: .*softmax_lse"):
+    with pytest.raises(ValueError, match=r"'sdpa', chosen by impl=, cannot run: .*softmax_lse"):
         segment_attention(**good_arguments(), return_lse=True, impl="sdpa")
 
 

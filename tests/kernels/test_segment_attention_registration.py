@@ -13,9 +13,9 @@ OPS = torch.ops.hmt_kernels
 SETTINGS = ["plain", "window", "hole", "rotary", "everything"]
 
 
-def make_inputs(q_len=5, k_len=7, dtype=torch.float64):
+def make_inputs(q_len=5, k_len=7, dtype=torch.float64, dim=8):
     sizes = ((4, q_len), (2, k_len), (2, k_len))
-    return [torch.randn(2, heads, length, 8, dtype=dtype, requires_grad=True) for heads, length in sizes]
+    return [torch.randn(2, heads, length, dim, dtype=dtype, requires_grad=True) for heads, length in sizes]
 
 
 def make_settings(kind, k_len=7, dtype=torch.float64):
@@ -26,12 +26,7 @@ def make_settings(kind, k_len=7, dtype=torch.float64):
         "pad_span": torch.tensor([[1, 4], [0, 3]], dtype=torch.int32),
         "window_size": 3,
     }
-    wanted = {
-        "plain": (),
-        "window": ("window_size",),
-        "hole": ("pad_span",),
-        "rotary": ("cos", "sin"),
-    }
+    wanted = {"plain": (), "window": ("window_size",), "hole": ("pad_span",), "rotary": ("cos", "sin")}
     return {name: value if name in wanted.get(kind, settings) else None for name, value in settings.items()}
 
 
@@ -43,14 +38,7 @@ def tokens_first(tensor):
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_opcheck_of_the_forward_operator(kind, dtype):
     q, k, v = make_inputs(dtype=dtype)
-    args = (
-        tokens_first(q),
-        k,
-        tokens_first(v),
-        *make_settings(kind, dtype=dtype).values(),
-        0.25,
-        "reference",
-    )
+    args = (tokens_first(q), k, tokens_first(v), *make_settings(kind, dtype=dtype).values(), 0.25, "reference")
     tolerances = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
     assert set(opcheck(OPS.segment_attention_fwd, args, **tolerances).values()) == {"SUCCESS"}
 
@@ -73,11 +61,11 @@ def test_opcheck_of_the_backward_operator(kind, with_dlse):
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_gradcheck(kind, impl):
     settings = make_settings(kind)
-    call = lambda q, k, v: segment_attention(q, k, v, **settings, softmax_scale=0.5, impl=impl)
-    assert torch.autograd.gradcheck(
-        call,
-        make_inputs(q_len=4, k_len=6 if kind in ("plain", "window", "hole") else 7),
-    )
+
+    def call(q, k, v):
+        return segment_attention(q, k, v, **settings, softmax_scale=0.5, impl=impl)
+
+    assert torch.autograd.gradcheck(call, make_inputs(q_len=4, dim=5))
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
@@ -88,7 +76,7 @@ def test_gradcheck_of_softmax_lse(kind):
         o, lse = segment_attention(q, k, v, **settings, return_lse=True)
         return o, lse.masked_fill(lse.isinf(), 0.0)  # no difference quotient where a row sees no key
 
-    assert torch.autograd.gradcheck(call, make_inputs(q_len=4))
+    assert torch.autograd.gradcheck(call, make_inputs(q_len=4, dim=5))
 
 
 def attention_loss(q, k, v, settings, return_lse):
@@ -132,13 +120,11 @@ def test_compiled_once_for_all_lengths(kind, return_lse):
 @pytest.mark.parametrize("impl", ["reference", "sdpa"])
 def test_fake_tensors_pass_through(impl):
     with FakeTensorMode():
-        q, k = (
-            torch.empty(2, 4, 5, 32, dtype=torch.half),
-            torch.empty(2, 2, 7, 32, dtype=torch.half),
-        )
+        q, k = (torch.empty(2, 4, 5, 32, dtype=torch.half), torch.empty(2, 2, 7, 32, dtype=torch.half))
         span = torch.empty(2, 2, dtype=torch.int32)
         o = segment_attention(q, k, k, pad_span=span, window_size=3, impl=impl)
-    assert o.shape == (2, 4, 5, 32) and o.dtype == torch.half
+    assert o.shape == (2, 4, 5, 32)
+    assert o.dtype == torch.half
 
 
 def test_no_graph_without_gradients():
@@ -155,3 +141,23 @@ def test_gradient_of_one_input_only():
         inputs[wanted].requires_grad_()
         (grad,) = torch.autograd.grad(attention_loss(*inputs, {}, True)[0], inputs[wanted])
         torch.testing.assert_close(grad, all_grads[wanted])
+
+
+@pytest.mark.parametrize("return_lse", [True, False], ids=["reference", "sdpa"])
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_autocast_changes_nothing(compiled, return_lse):
+    qkv, settings = make_inputs(dtype=torch.float32), make_settings("everything", dtype=torch.float32)
+    expected = run_with_gradients(attention_loss, qkv, settings, return_lse)
+    function = torch.compile(attention_loss, fullgraph=True, backend="aot_eager") if compiled else attention_loss
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = run_with_gradients(function, qkv, settings, return_lse)
+    assert_same(actual, expected)
+
+
+def test_second_derivatives_of_the_operator_are_refused():
+    q, k, v = make_inputs()
+    loss = attention_loss(q, k, v, {}, True)[0]
+    (grad,) = torch.autograd.grad(loss, q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="segment_attention can be differentiated once"):
+        grad.sum().backward()
