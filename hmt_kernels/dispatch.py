@@ -158,8 +158,9 @@ def chosen(decision: Decision) -> str:
 
 
 def _default_order(op_name: str, query: torch.Tensor) -> tuple[str, ...]:
+    device_types = (query.device.type, "any")
     for rule in RULES:
-        if rule.op_name == op_name and rule.device_type in (query.device.type, "any") and rule.matches(query):
+        if rule.op_name == op_name and rule.device_type in device_types and rule.matches(query):
             return rule.order
     return ("reference",)
 

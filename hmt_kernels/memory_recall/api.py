@@ -113,6 +113,7 @@ def _bwd(
         return backward(d_recalled, d_lse, query, memory, num_valid, recalled, lse, softmax_scale)
 
 
+# Every implementation returns what the fakes do: contiguous tensors of these shapes and dtypes.
 @torch.library.register_fake("hmt_kernels::memory_recall_fwd")
 def _fwd_fake(
     query: torch.Tensor, memory: torch.Tensor, num_valid: torch.Tensor | None, softmax_scale: float, impl: str

@@ -49,8 +49,9 @@ def segment_attention(
 
     Returns:
         o [B, Hq, Tq, D] in q's dtype, or (o, softmax_lse [B, Hq, Tq] float32, float64 for float64). A row that sees no
-        key gives o = 0, softmax_lse = -inf and zero gradients. Any strides are accepted; o is laid out as q is, where
-        the implementation is a kernel of ours. torch.autocast changes nothing.
+        key gives o = 0, softmax_lse = -inf and zero gradients. Any strides are accepted; o is laid out in memory as q
+        is (from "sdpa": as PyTorch chooses). o and softmax_lse are differentiable with respect to q, k, v, once (o from
+        "sdpa": as often as PyTorch allows). torch.autocast changes nothing.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -149,6 +150,7 @@ def _bwd(
         return backward(do, dlse, q, k, v, cos, sin, pad_span, o, softmax_lse, window_size, softmax_scale)
 
 
+# Every implementation lays out its results as the fakes do: o, dq, dk, dv like q, q, k, v, softmax_lse contiguous.
 @torch.library.register_fake("hmt_kernels::segment_attention_fwd")
 def _fwd_fake(q: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
