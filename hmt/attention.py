@@ -8,7 +8,7 @@ tensor of two for the padding mask itself when generate() prepares masks ahead o
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ def hmt_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of q [B, Hq, Tq, D] over k, v [B, Hkv, Tk, D] by `hmt_kernels.segment_attention`; returns [B, Tq, Hq, D].
+    """Attention of q [B, Hq, Tq, D] over k, v [B, Hkv, Tk, D] by `segment_attention`, as [B, Tq, Hq, D].
 
     Dropout, non-causal layers, position biases and dense masks are computed by transformers' SDPA function instead.
 
@@ -109,7 +109,7 @@ def hmt_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
     out = segment_attention(query, key, value, pad_span=pad_span, window_size=sliding_window, softmax_scale=scaling)
-    return out.transpose(1, 2).contiguous(), None
+    return cast(Tensor, out).transpose(1, 2).contiguous(), None
 
 
 def _dense_mask(query: Tensor, key: Tensor, pad_span: Tensor | None, window_size: int | None) -> Tensor:

@@ -5,23 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: PreTrainedModel) -> PreTrainedModel:
     """The causal LM inside a PEFT wrapper (its LoRA layers stay injected), or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def embed(model: nn.Module, ids: Tensor) -> Tensor:
+def embed(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Token embeddings E(ids), [B, T] -> [B, T, d]."""
     return model.get_input_embeddings()(ids)
 
 
 def run_layers(
-    model: nn.Module, embeds: Tensor, mask: Tensor | None = None, cache: Cache | None = None, **kwargs: Any
+    model: PreTrainedModel, embeds: Tensor, mask: Tensor | None = None, cache: Cache | None = None, **kwargs: Any
 ) -> Any:
     """The backbone without its LM head on [B, T, d] embeddings; `.last_hidden_state` is taken after the final norm.
 
@@ -33,7 +33,7 @@ def run_layers(
     return decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=cache is not None, **kwargs)
 
 
-def apply_head(model: nn.Module, hidden: Tensor) -> Tensor:
+def apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits of hidden states, with the scale or soft cap that the backbone's own forward pass would apply."""
     model = unwrap(model)
     config = model.config
@@ -47,12 +47,12 @@ def apply_head(model: nn.Module, hidden: Tensor) -> Tensor:
     return logits
 
 
-def new_cache(model: nn.Module) -> Cache:
+def new_cache(model: PreTrainedModel) -> Cache:
     """An empty key/value cache of the kind that the backbone's layers expect."""
     return DynamicCache(config=unwrap(model).config)
 
 
-def check_backbone(model: nn.Module) -> None:
+def check_backbone(model: PreTrainedModel) -> None:
     """Raise unless `model` is a causal LM whose logits are head(layers(embeddings)), causally, as HMT needs.
 
     Raises:

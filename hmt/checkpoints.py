@@ -79,7 +79,7 @@ def load_hmt_pytorch(
     absent = [key for key in missing if not key.startswith("backbone.")]
     if unexpected or absent:
         raise ValueError(
-            f"source does not fit mode {settings['mode']!r}: unexpected keys {_some(unexpected)}, missing {_some(absent)}"
+            f"source does not fit mode {settings['mode']!r}: unexpected {_some(unexpected)}, missing {_some(absent)}"
         )
     return model
 
@@ -106,7 +106,9 @@ def _merge_lora(weights: dict[str, Tensor], alpha: float | None) -> dict[str, Te
             factors.setdefault(match["layer"], {})[match["factor"]] = value
         else:
             merged[key.replace(".base_layer.", ".")] = value
-    if factors and alpha is None:
+    if not factors:
+        return merged
+    if alpha is None:
         raise ValueError(f"lora_alpha is required: the checkpoint holds LoRA factors of {len(factors)} layers")
     for layer, pair in factors.items():
         weight = merged[f"{layer}.weight"]

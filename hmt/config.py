@@ -107,7 +107,7 @@ class HMTConfig(PreTrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        return self.text_config.vocab_size
+        return self.get_text_config().vocab_size
 
     @property
     def hidden_size(self) -> int:

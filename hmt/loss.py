@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from hmt.backbone import apply_head
 
@@ -17,12 +18,12 @@ def shift_left(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
-def _chunk_loss(model: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+def _chunk_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> Tensor:
     logits = apply_head(model, hidden).float()
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def summed_cross_entropy(model: nn.Module, hidden: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
+def summed_cross_entropy(model: PreTrainedModel, hidden: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
     """Sum over positions of -log softmax(head(hidden))[label], with the logits of `chunk_size` positions at a time.
 
     hidden [B, T, d], labels [B, T] (-100: not counted). The backward pass recomputes each chunk's logits.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,10 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    memory: nn.Parameter
+    summary_prompt: nn.Parameter
+    recall: MemoryRecall
+
     def __init__(self, config: HMTConfig, backbone: PreTrainedModel | None = None):
         requested_attention = config._attn_implementation
         super().__init__(config)
@@ -94,7 +98,7 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
             module.wq.reset_parameters()
             module.wk.reset_parameters()
         elif module is self:
-            std = float(self.get_input_embeddings().weight.float().std())
+            std = float(cast(Tensor, self.get_input_embeddings().weight).float().std())
             for name in ("memory", "summary_prompt"):
                 if (parameter := getattr(self, name, None)) is not None:
                     nn.init.normal_(parameter, std=std)
@@ -171,7 +175,7 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
             attention_mask: [B, T], 0 for padding.
             labels: [B, T] as in transformers: shifted here, -100 is not counted.
             use_cache: keep keys and values of the open segment in the state, for token by token decoding.
-            logits_to_keep: logits of the last so many tokens, 0 for all; None means all, or none when a loss is asked for.
+            logits_to_keep: logits of the last so many tokens, 0 for all; None means all, or none with a loss.
             shift_labels: labels already shifted: shift_labels[:, t] follows input_ids[:, t].
             num_items_in_batch: divisor of the loss instead of the number of labels, for gradient accumulation.
             output_trace: also return memories, recalled embeddings and ages of every segment.
@@ -203,9 +207,9 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
                 results.append(result)
             seen = stop
         loss = None
-        if total is not None:
-            count = (shift_labels != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
-            loss = total / count
+        if shift_labels is not None and total is not None:
+            counted = shift_labels.ne(IGNORE_INDEX).sum()
+            loss = total / (counted if num_items_in_batch is None else num_items_in_batch)
         logits = apply_head(self.backbone, torch.cat(kept, dim=1)) if kept else None
         return HMTOutput(loss=loss, logits=logits, state=state, trace=_trace(results) if output_trace else None)
 
@@ -277,8 +281,8 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
         if state.num_closed == 0:
             return self.memory.expand(state.batch_size, -1), None
         if self.config.mode == "rmt":
-            return state.queue[:, 0], None
-        out = self.recall(query, state.queue[:, : state.num_valid])
+            return state.valid()[:, 0], None
+        out = self.recall(query, state.valid())
         return out.recalled[:, 0], state.age_of(out.slot[:, 0])
 
     def _close(self, state: HMTState, segment: Tokens, memory: Tensor | None) -> HMTState:

@@ -7,6 +7,11 @@ from torch import Tensor, nn
 from hmt_kernels import RecallOutput, memory_recall
 
 
+def absorb(summary: Tensor, wq: Tensor, wk: Tensor) -> Tensor:
+    """u = Wk^T (Wq q): summaries q [..., d] and projections [h, d] to queries [..., d] of the unprojected memories."""
+    return (summary.to(wq.dtype) @ wq.mT) @ wk
+
+
 class MemoryRecall(nn.Module):
     """Recall p = softmax((Wq q)(Wk M)^T * scale) M from the queue M (arXiv 2405.06067, section 3.2).
 
@@ -32,8 +37,8 @@ class MemoryRecall(nn.Module):
         self.softmax_scale = hidden_dim**-0.5 if softmax_scale is None else softmax_scale
 
     def absorb(self, summary: Tensor) -> Tensor:
-        """u = Wk^T (Wq q): summaries [..., d] to queries [..., d]."""
-        return self.wq(summary.to(self.wq.weight.dtype)) @ self.wk.weight
+        """Summaries [..., d] to absorbed queries [..., d]."""
+        return absorb(summary, self.wq.weight, self.wk.weight)
 
     def forward(self, query: Tensor, memory: Tensor) -> RecallOutput:
         """Recall for absorbed queries [B, d] from memories [B, N, d] in any slot order."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from hmt.backbone import embed, run_layers
@@ -25,7 +26,7 @@ def surround(front: Sequence[Tensor], tokens: Tensor, back: Sequence[Tensor], ma
     return embeds, nn.functional.pad(mask, (left, right), value=True)
 
 
-def summarize(model: nn.Module, prompt: Tensor, texts: Sequence[Tokens], batch_size: int) -> list[Tensor]:
+def summarize(model: PreTrainedModel, prompt: Tensor, texts: Sequence[Tokens], batch_size: int) -> list[Tensor]:
     """Step 1 for many segments at once: q = h_last([T ; E(x) ; T]) with the summary prompt T [1, d]; one [B, d] each.
 
     No summary depends on any memory, so all of them run as batches of about `batch_size` rows, without the LM head.
@@ -54,7 +55,7 @@ def _equal_lengths(texts: Sequence[Tokens], size: int) -> list[list[int]]:
 
 
 def read_segment(
-    model: nn.Module,
+    model: PreTrainedModel,
     memory: Tensor | None,
     sensory_ids: Tensor,
     segment: Tokens,
@@ -77,7 +78,7 @@ def read_segment(
     return hidden[:, start : start + segment.length], new_memory
 
 
-def decode_token(model: nn.Module, token: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
+def decode_token(model: PreTrainedModel, token: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
     """Hidden state [B, 1, d] of one more token [B, 1] of the open segment.
 
     mask [B, t + 1] covers the open segment and the token; None when nothing in it is padding.

@@ -43,6 +43,10 @@ class HMTState:
     def batch_size(self) -> int:
         return self.open.ids.shape[0]
 
+    def valid(self) -> Tensor:
+        """The written slots of the queue [B, num_valid, d], in ring order."""
+        return self._queue()[:, : self.num_valid]
+
     def memories(self) -> Tensor:
         """The queue's memories [B, num_valid, d], oldest first."""
         queue = self._queue()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from hmt.backbone import apply_head, embed, run_layers, unwrap
@@ -40,7 +41,7 @@ class MemoryCell(nn.Module):
         num_prepend: sensory tokens k.
     """
 
-    def __init__(self, base_model: nn.Module, num_mem_tokens: int | None, num_prepend: int):
+    def __init__(self, base_model: PreTrainedModel, num_mem_tokens: int | None, num_prepend: int):
         super().__init__()
         if num_mem_tokens not in (None, 0, 1):
             raise ValueError(f"num_mem_tokens must be 0 or 1, got {num_mem_tokens!r}")
@@ -102,8 +103,9 @@ class MemoryCell(nn.Module):
         """New tokens after [memory | sensory tokens | segment], by the backbone's own generate()."""
         memory_state = self._memory_for(input_ids, memory_state, switch=False)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        embeds, mask, _ = self._inputs(Tokens(input_ids, mask.bool()), memory_state, prepend_state, trailing=False)
-        return self.model.generate(inputs_embeds=embeds, attention_mask=mask.long(), **generate_kwargs)
+        segment = Tokens(input_ids, mask.bool())
+        embeds, visible, _ = self._inputs(segment, memory_state, prepend_state, trailing=False)
+        return self.model.generate(inputs_embeds=embeds, attention_mask=cast(Tensor, visible).long(), **generate_kwargs)
 
     def _memory_for(self, input_ids: Tensor, memory_state: Tensor | None, switch: bool) -> Tensor | None:
         if memory_state is None and self.num_mem_tokens:

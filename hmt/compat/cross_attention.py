@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from hmt.recall import MemoryRecall
+from hmt.recall import absorb
+from hmt_kernels import memory_recall
 
 
-class CrossAttentionMemory(MemoryRecall):
+class CrossAttentionMemory(nn.Module):
     """Recall p = softmax((Wq q)(Wk M)^T * scale) M; scale 1/h for d, h >= 4096 outside generation, else 1/sqrt(h).
 
     Its weights take the default dtype (HMT-pytorch computes this step in bfloat16); checkpoints of either load.
     """
 
     def __init__(self, dim: int, hidden_dim: int):
-        super().__init__(dim, hidden_dim)
+        super().__init__()
         self.dim = dim
         self.hidden_dim = hidden_dim
+        self.wq = nn.Linear(dim, hidden_dim, bias=False)
+        self.wk = nn.Linear(dim, hidden_dim, bias=False)
+
+    def absorb(self, summary: Tensor) -> Tensor:
+        """Summaries [..., d] to absorbed queries [..., d]."""
+        return absorb(summary, self.wq.weight, self.wk.weight)
 
     def scale(self, generate: bool) -> float:
         """The scale of the scores that HMT-pytorch uses in this situation."""
@@ -26,7 +33,7 @@ class CrossAttentionMemory(MemoryRecall):
         return 1.0 / self.hidden_dim if large and not generate else self.hidden_dim**-0.5
 
     def retrieval_loss(self, query: Tensor, memory: Tensor, pos_mask: Tensor, softmax_scale: float) -> Tensor:
-        """Cross entropy of the softmaxed scores, taken as logits as HMT-pytorch does, against L1-normalised pos_mask."""
+        """Cross entropy of the softmaxed scores (taken as logits, as HMT-pytorch does) to L1-normalised pos_mask."""
         scores = (memory.float() @ query.float()[:, :, None])[..., 0] * softmax_scale  # [B, N]
         if pos_mask.shape != scores.shape:
             raise ValueError(f"pos_mask must have the shape {tuple(scores.shape)}, got {tuple(pos_mask.shape)}")
@@ -47,12 +54,12 @@ class CrossAttentionMemory(MemoryRecall):
         """(recalled [B, 1, d], hist, browse, loss) for summaries [B, 1, d] and memories [B, N, d], oldest first."""
         if memory is None:
             return None, None, False, torch.tensor(0.0)
-        self.softmax_scale = self.scale(generate)
+        softmax_scale = self.scale(generate)
         query = self.absorb(inputs[:, 0].to(self.wq.weight.device))
         memory = memory.to(device=query.device, dtype=query.dtype)
-        out = super().forward(query, memory)
+        out = memory_recall(query[:, None], memory, softmax_scale=softmax_scale)
         hist = (seg_num - out.slot[:, 0]).tolist()
         loss = torch.tensor(0.0)
         if pos_mask is not None:
-            loss = self.retrieval_loss(query, memory, pos_mask, self.softmax_scale)
+            loss = self.retrieval_loss(query, memory, pos_mask, softmax_scale)
         return out.recalled, hist, hist[0] < browse_thres, loss

@@ -11,7 +11,7 @@ RETRIEVAL_LOSS_WEIGHT = 0.05
 
 
 def weighted_scores(labels: Tensor, predictions: Tensor) -> dict[str, float]:
-    """Precision, recall and F1 of class predictions, averaged with the classes' label counts as weights, and accuracy."""
+    """Precision, recall and F1 of class predictions, weighted by the classes' label counts, and accuracy."""
     num_classes = int(torch.maximum(labels, predictions).max()) + 1
     num_labels = torch.bincount(labels, minlength=num_classes).double()
     num_predicted = torch.bincount(predictions, minlength=num_classes).double()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,8 @@ class RecurrentWrapper(nn.Module):
         self.ltm_context = ltm_context
         self.cross_attn: CrossAttentionMemory | None = None
         if emb is not None:
-            self.mem = nn.Parameter(torch.randn(1, word_emb_dim) * emb.weight.data.float().std().cpu())
+            std = cast(Tensor, emb.weight).detach().float().std().cpu()
+            self.mem = nn.Parameter(torch.randn(1, word_emb_dim) * std)
             self.cross_attn = CrossAttentionMemory(word_emb_dim, hidden_dim)
 
     def forward(
@@ -148,20 +149,19 @@ class RecurrentWrapper(nn.Module):
         """
         text = self._text(input_ids, attention_mask)
         segments = self._segments(text, segment_size)
-        num_known = 0 if mem_seq is None else mem_seq.shape[1]
-        if num_known >= len(segments):
+        known = [] if mem_seq is None else list(mem_seq.to(text.ids.device).split(1, dim=1))
+        if len(known) >= len(segments):
             raise ValueError(
-                f"mem_seq must hold fewer memories than the prompt's {len(segments)} segments, got {num_known}"
+                f"mem_seq must hold fewer memories than the prompt's {len(segments)} segments, got {len(known)}"
             )
         state = self._new_state(text.ids.shape[0])
         memory = sensory = None
-        for number in range(num_known):
-            state = _push(state, mem_seq[:, number : number + 1])
-            memory = mem_seq[:, number : number + 1].to(text.ids.device)
-            sensory = segments[number].last(self.memory_cell.n_prepend).ids if self.memory_cell.n_prepend else None
-        queries = self._queries([s.slice(0, segment_size // 2) for s in segments]) if self.cross_attn else None
-        for number in range(num_known, len(segments)):
-            if queries is not None:
+        for segment, memory in zip(segments, known, strict=False):
+            state = _push(state, memory)
+            sensory = segment.last(self.memory_cell.n_prepend).ids if self.memory_cell.n_prepend else None
+        queries = self._queries([s.slice(0, segment_size // 2) for s in segments]) if self.cross_attn else []
+        for number in range(len(known), len(segments)):
+            if self.cross_attn is not None:
                 memory = None
                 if state.num_closed:
                     memory, _ = self._recall(queries[number], state, self.cross_attn.scale(generate=True))
@@ -226,11 +226,12 @@ class RecurrentWrapper(nn.Module):
         """Absorbed recall queries [B, d] of all summaries in one batch of passes and one product."""
         rows = self.rmt_config.get("summary_batch_size", 8)
         summaries = summarize(self.memory_cell.model, self.mem, sources, rows)
-        return list(self.cross_attn.absorb(torch.stack(summaries)).unbind(0))
+        recall = cast(CrossAttentionMemory, self.cross_attn)
+        return list(recall.absorb(torch.stack(summaries)).unbind(0))
 
     def _recall(self, query: Tensor, state: HMTState, scale: float) -> tuple[Tensor, Tensor]:
         """p_n [B, 1, d] and the ages [B] of the strongest memories."""
-        queue = state.queue[:, : state.num_valid]
+        queue = state.valid()
         out = memory_recall(query[:, None].to(queue.dtype), queue, softmax_scale=scale)
         return out.recalled, state.age_of(out.slot[:, 0])
 
@@ -241,7 +242,7 @@ class RecurrentWrapper(nn.Module):
             starts = list(range(0, text.length, size))
         elif alignment == "right":
             starts = list(range(text.length, 0, -size))[::-1]
-            starts = [0] + [stop for stop in starts[:-1]]
+            starts = [0, *starts[:-1]]
         elif alignment == "center":
             even = math.ceil(text.length / math.ceil(text.length / size))
             starts = list(range(0, text.length, even))
@@ -252,7 +253,8 @@ class RecurrentWrapper(nn.Module):
 
 def _starts(length: int, size: int, extra: int, switch_at: int) -> list[int]:
     """First token of every segment; from segment switch_at on (if >= 0) they are `extra` tokens longer."""
-    starts, start = [], 0
+    starts: list[int] = []
+    start = 0
     while start < length:
         switched = 0 <= switch_at <= len(starts)
         starts.append(start)
@@ -262,6 +264,4 @@ def _starts(length: int, size: int, extra: int, switch_at: int) -> list[int]:
 
 def _push(state: HMTState, memory: Tensor) -> HMTState:
     """The state with memory [B, 1, d] in its queue."""
-    return replace(
-        state, queue=push_memory(state, memory[:, 0].to(state.queue.device)), num_closed=state.num_closed + 1
-    )
+    return replace(state, queue=push_memory(state, memory[:, 0]), num_closed=state.num_closed + 1)

@@ -103,7 +103,7 @@ def test_attention_dropout_is_applied_in_training(name: str) -> None:
 
 def test_soft_cap_is_refused() -> None:
     model = backbone("gemma2")
-    with pytest.raises(ValueError, match="soft cap|sdpa|attention"):
+    with pytest.raises(ValueError, match="attention"):
         model.set_attn_implementation("hmt")
         model(token_ids(1, 8))
 

@@ -15,7 +15,7 @@ GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 def naive_greedy(model: HMTForCausalLM, ids: torch.Tensor, count: int) -> torch.Tensor:
-    """Greedy continuation without cache or shared code: p_n is fixed when its segment opens, and taken anew to close."""
+    """Greedy continuation without cache or shared code: p_n is fixed when a segment opens, taken anew to close it."""
     config, lm = model.config, model.backbone
     embed = lm.get_input_embeddings()
     rows, length = ids.shape[0], config.segment_length

@@ -44,7 +44,7 @@ def test_forward(name: str) -> None:
         assert error < 1e-4, f"{key}: relative gradient error {error:.1e}"
 
 
-@pytest.mark.parametrize("name", [n for n in golden.names("a5")])
+@pytest.mark.parametrize("name", golden.names("a5"))
 def test_bfloat16_recall(name: str) -> None:
     """HMT-pytorch recalls in bfloat16: eight bits of mantissa is what its result can be compared to."""
     case = golden.load(name)
