@@ -1,0 +1,155 @@
+"""The command line on a tiny model with a tokenizer of its own: score, generate, info, and what users get wrong."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from backbones import CONFIGS
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from hmt import HMTForCausalLM
+from hmt.cli import main
+from hmt.loading import encode_file, load
+from hmt.scoring import score
+
+TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune... " * 12
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama and a byte tokenizer, saved as users have them."""
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={"</s>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
+    config = CONFIGS["llama"]()
+    config.update({"vocab_size": len(alphabet) + 1, "eos_token_id": 0, "pad_token_id": 0, "bos_token_id": 0})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+SMALL = ["--segment-length", "32", "--num-sensory", "4", "--queue-size", "5"]
+
+
+def test_score_prints_the_perplexity_of_the_text(model_dir: Path, text_file: Path, capsys) -> None:
+    status = main(["score", str(text_file), "--model", str(model_dir), "--every", "300", *SMALL])
+    printed = capsys.readouterr()
+    assert status == 0
+    assert "memory of this model is untrained" in printed.err
+    model, tokenizer, untrained = load(str(model_dir), segment_length=32, num_sensory=4, queue_size=5)
+    assert untrained
+    ids = encode_file(text_file, tokenizer)
+    with torch.no_grad():
+        expected = math.exp(model(ids, labels=ids).loss)
+    total = re.search(r"read ([\d,]+) tokens in .* perplexity ([\d.]+), peak memory [\d,]+ MiB, (\d+) seg", printed.out)
+    assert int(total[1].replace(",", "")) == ids.shape[1] == len(TEXT.encode())
+    assert float(total[2]) == pytest.approx(expected, abs=0.006)
+    assert int(total[3]) == ids.shape[1] // 32
+    assert len(re.findall(r"^ +[\d,]+ +[\d.]+ +\d+$", printed.out, flags=re.MULTILINE)) == 3
+
+
+@pytest.mark.parametrize("steps", [1, 3, 100])
+def test_score_in_steps_is_the_loss_of_the_whole(steps: int, model_dir: Path, text_file: Path) -> None:
+    model, tokenizer, _ = load(str(model_dir), segment_length=32, num_sensory=4, queue_size=5)
+    ids = encode_file(text_file, tokenizer)
+    parts = list(score(model, ids, segments_per_step=steps))
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    with torch.no_grad():
+        out = model(ids, labels=ids)
+    assert total.num_tokens == ids.shape[1]
+    assert total.num_scored == ids.shape[1] - 1
+    assert total.nll / total.num_scored == pytest.approx(float(out.loss), rel=1e-5)
+    torch.testing.assert_close(total.state.queue, out.state.queue, atol=1e-5, rtol=1e-5)
+
+
+def test_limits_stop_reading(model_dir: Path, text_file: Path, capsys) -> None:
+    assert main(["score", str(text_file), "--model", str(model_dir), "--max-tokens", "100", *SMALL]) == 0
+    assert "read 100 tokens" in capsys.readouterr().out
+    assert main(["score", str(text_file), "--model", str(model_dir), "--max-seconds", "0", *SMALL]) == 0
+    assert "read 128 tokens" in capsys.readouterr().out  # one step of four segments is never cut
+
+
+def test_generate_continues_the_text(model_dir: Path, text_file: Path, capsys) -> None:
+    command = ["generate", str(text_file), "--model", str(model_dir), "--max-new-tokens", "40", *SMALL]
+    assert main(command) == 0
+    greedy = capsys.readouterr().out
+    model, tokenizer, _ = load(str(model_dir), segment_length=32, num_sensory=4, queue_size=5)
+    ids = encode_file(text_file, tokenizer)
+    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+    assert greedy == tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True) + "\n"
+    sampled = []
+    for seed in ("1", "1", "2"):
+        assert main([*command, "--temperature", "1.5", "--seed", seed, "--prompt", "Q: why?"]) == 0
+        sampled.append(capsys.readouterr().out)
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_info_names_versions_operators_and_the_model(model_dir: Path, capsys) -> None:
+    assert main(["info", "--model", str(model_dir)]) == 0
+    out = capsys.readouterr().out
+    for line in ("torch ", "memory_recall", "segment_attention", "reference   usable", "LlamaForCausalLM"):
+        assert line in out
+
+
+def test_a_saved_hmt_keeps_its_settings(model_dir: Path, text_file: Path, tmp_path: Path, capsys) -> None:
+    model, tokenizer, _ = load(str(model_dir), segment_length=16, num_sensory=2, mode="rmt")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load(str(tmp_path))
+    assert isinstance(loaded.model, HMTForCausalLM)
+    assert (loaded.model.config.mode, loaded.model.config.segment_length, loaded.untrained) == ("rmt", 16, False)
+    assert main(["score", str(text_file), "--model", str(tmp_path), "--mode", "hmt"]) == 2
+    assert "mode of the saved model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["score", "nowhere.txt", "--model", "MODEL"], "no file 'nowhere.txt'"),
+        (["score", "BINARY", "--model", "MODEL"], "must be UTF-8"),
+        (["score", "EMPTY", "--model", "MODEL"], "no token"),
+        (["score", "TEXT", "--model", "MODEL", "--segment-length", "4", "--num-sensory", "5"], "num_sensory"),
+        (["score", "TEXT", "--model", "MODEL", "--num-sensory", "-1"], "num_sensory"),
+        (["generate", "TEXT", "--model", "EMPTY"], "hmt: error"),
+    ],
+    ids=["no-file", "binary", "empty", "sensory", "negative", "no-model"],
+)
+def test_mistakes_are_explained(arguments: list[str], message: str, model_dir, text_file, tmp_path, capsys) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x9f")
+    (tmp_path / "empty").write_text("")
+    names = {"MODEL": model_dir, "TEXT": text_file, "BINARY": tmp_path / "binary", "EMPTY": tmp_path / "empty"}
+    assert main([str(names.get(a, a)) for a in arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["read"], ["score"], ["score", "x"], ["score", "x", "--model", "y", "--every", "0"]]
+)
+def test_usage_errors_exit_with_two(arguments: list[str], capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "usage: hmt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["score"], ["generate"], ["info"]])
+def test_help(command: list[str], capsys) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "--help"])
+    assert "usage: hmt" in capsys.readouterr().out
