@@ -169,6 +169,7 @@ __device__ __forceinline__ bool reduce_splits(const RecallPlan& plan, int split,
     // first is a multiple of fan_in, so that adding the level keeps the counters of different levels apart.
     if (!arrives_last(counters + first + level, count, shared_flag)) return false;
     merge(first, step, count);
+    __syncthreads();  // all have read what the next level overwrites
   }
   return true;
 }

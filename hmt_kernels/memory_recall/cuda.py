@@ -107,7 +107,9 @@ def step(
     """
     for name, tensor in (("memory", memory), ("out", out)):
         if not _has_aligned_rows(tensor):
-            raise ValueError(f"{name} must have contiguous rows at multiples of 16 bytes, got strides {tensor.stride()}")
+            raise ValueError(
+                f"{name} must have contiguous rows at multiples of 16 bytes, got strides {tensor.stride()}"
+            )
     new_memory = _with_aligned_rows(new_memory.unsqueeze(1))
     slot_index = slot_index.contiguous()
     recalled = out[:, :1]

@@ -4,7 +4,7 @@
 #include <ucontext.h>
 
 #include <cstddef>
-#include <cstdlib>
+#include <memory>
 #include <vector>
 
 #ifdef __SANITIZE_ADDRESS__
@@ -24,14 +24,16 @@ struct Fiber {
 
 constexpr size_t kStackBytes = 256 << 10;
 
-inline std::vector<void*>& free_stacks() {
-  static std::vector<void*> stacks;
+using Stack = std::unique_ptr<unsigned char[]>;
+
+inline std::vector<Stack>& free_stacks() {
+  static std::vector<Stack> stacks;
   return stacks;
 }
 
 inline void start_fiber(Fiber& fiber, void (*entry)()) {
-  if (free_stacks().empty()) free_stacks().push_back(std::malloc(kStackBytes));
-  fiber.stack = free_stacks().back();
+  if (free_stacks().empty()) free_stacks().push_back(Stack(new unsigned char[kStackBytes]));
+  fiber.stack = free_stacks().back().release();
   fiber.stack_size = kStackBytes;
   free_stacks().pop_back();
   getcontext(&fiber.context);
@@ -45,7 +47,7 @@ inline void end_fiber(Fiber& fiber) {
 #ifdef __SANITIZE_ADDRESS__
   __asan_unpoison_memory_region(fiber.stack, kStackBytes);
 #endif
-  free_stacks().push_back(fiber.stack);
+  free_stacks().push_back(Stack(static_cast<unsigned char*>(fiber.stack)));
 }
 
 // The first thing on a fiber, and the first thing after a switch back to it.
