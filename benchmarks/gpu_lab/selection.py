@@ -1,0 +1,48 @@
+"""A short selection of launches for compute-sanitizer: every kernel family once or twice, small, on the device."""
+
+from __future__ import annotations
+
+import torch
+
+from hmt_kernels import dispatch, memory_recall
+from hmt_kernels.memory_recall import cuda
+
+# B, Q, N, D, num_valid: a split queue, two levels of the tree, several groups of queries
+CASES = [(2, 1, 100, 576, [100, 7]), (1, 1, 420, 72, None), (1, 5, 50, 64, [49])]
+
+
+def main() -> None:
+    for impl in ("cuda", "triton"):
+        reason = dispatch.missing("memory_recall", impl)
+        print(f"memory_recall, {impl}: {reason or 'runs'}")
+        for dtype in (torch.bfloat16, torch.float32):
+            for case in CASES if reason is None else []:
+                recall_and_gradients(impl, dtype, *case)
+    if cuda.missing() is None:
+        step(torch.bfloat16)
+    torch.cuda.synchronize()
+    print("all launches are done")
+
+
+def recall_and_gradients(
+    impl: str, dtype: torch.dtype, batch: int, queries: int, slots: int, dim: int, num_valid: list[int] | None
+) -> None:
+    query = torch.randn(batch, queries, dim, device="cuda").to(dtype).requires_grad_()
+    memory = torch.randn(batch, slots, dim, device="cuda").to(dtype).requires_grad_()
+    counts = None if num_valid is None else torch.tensor(num_valid, dtype=torch.int32, device="cuda")
+    out = memory_recall(query, memory, counts, softmax_scale=dim**-0.5, impl=impl)
+    grads = torch.autograd.grad((out.recalled, out.lse), (query, memory), (out.recalled, out.lse))
+    for result in (*out, *grads):
+        if not result.isfinite().all():
+            raise RuntimeError(f"{impl} gives a result that is not finite for {[batch, queries, slots, dim]}, {dtype}")
+
+
+def step(dtype: torch.dtype) -> None:
+    query, memory = (torch.randn(2, rows, 576, device="cuda").to(dtype) for rows in (1, 100))
+    out = torch.zeros(2, 9, 576, dtype=dtype, device="cuda")
+    slot_index = torch.tensor([5, 99], dtype=torch.int32, device="cuda")
+    cuda.step(query, memory, query[:, 0], slot_index, None, 576**-0.5, out)
+
+
+if __name__ == "__main__":
+    main()
