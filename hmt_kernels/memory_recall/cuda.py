@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hmt_kernels.counters import zeroed_counters
+
 try:
     from hmt_kernels import _C
 except ImportError:
-    _C = None
+    _C = None  # type: ignore[assignment]
 
 MAX_QUERIES = 16
 MAX_DIM = 8192
@@ -155,38 +157,14 @@ class _Launch(NamedTuple):
 def _prepare(query: torch.Tensor, memory: torch.Tensor, softmax_scale: float, backward: bool) -> _Launch:
     shape = (query.shape[0], query.shape[1], memory.shape[1], query.shape[2])
     dtype, sm_count = _DTYPES[query.dtype], _sm_count(query.device)
-    stream, capturing = _current_stream(query.device)
     num_floats, num_counters, groups = _C.memory_recall_cuda_plan(shape, dtype, sm_count, backward)
     workspace = torch.empty(num_floats, dtype=torch.float32, device=query.device)
-    counters = _counters(num_counters, query.device, stream, capturing)
+    counters = zeroed_counters(num_counters, query.device)
     arguments = {
         "shape": shape, "dtype": dtype, "sm_count": sm_count, "workspace": workspace.data_ptr(),
-        "counters": counters.data_ptr(), "softmax_scale": softmax_scale, "stream": stream,
+        "counters": counters.data_ptr(), "softmax_scale": softmax_scale, "stream": _stream(query.device),
     }  # fmt: skip
     return _Launch(arguments, workspace, counters, groups)
-
-
-_stream_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
-_graph_counters: dict[torch.device, torch.Tensor] = {}
-
-
-def _counters(count: int, device: torch.device, stream: int, capturing: bool) -> torch.Tensor:
-    """At least `count` int32 zeros that no other launch uses meanwhile; every launch leaves its own at zero."""
-    if capturing:
-        # A graph may be replayed on any stream, beside any other: each captured launch keeps counters of its own.
-        unused = _graph_counters.get(device)
-        if unused is None or unused.numel() < count:
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        _graph_counters[device] = unused[count:]
-        return unused[:count]
-    kept = _stream_counters.get((device, stream))
-    if kept is None or kept.numel() < count:
-        kept = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-        _stream_counters[device, stream] = kept
-    if device not in _graph_counters:
-        # Made before any capture: inside one, zeros would cost a memset at every replay.
-        _graph_counters[device] = torch.zeros(1 << 16, dtype=torch.int32, device=device)
-    return kept
 
 
 @functools.cache
@@ -194,9 +172,8 @@ def _sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _current_stream(device: torch.device) -> tuple[int, bool]:
-    """The stream to launch on, and whether a CUDA graph is being captured from it."""
-    return torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 def _rows(tensor: torch.Tensor) -> tuple[int, int, int]:

@@ -29,7 +29,7 @@ FLAGS = {
 
 def build_module(folder: Path) -> ModuleType:
     """The bindings over the emulated kernels, imported."""
-    flags = ["-O2", "-fPIC", "-fvisibility=hidden"]
+    flags = ["-O1", "-fPIC", "-fvisibility=hidden"]
     # pybind11 is slow to compile, and what it compiles to here need not be fast
     binding_flags = ["-O0", *flags[1:], f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     sources = {CUDA / name: flags for name in KERNELS}
