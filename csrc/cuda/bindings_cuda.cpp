@@ -10,7 +10,7 @@
 
 namespace py = pybind11;
 
-namespace hmt {
+namespace hmt::cuda {
 namespace {
 
 using Pointer = uintptr_t;
@@ -84,15 +84,15 @@ void recall_bwd(const Shape& shape, int dtype, int sm_count, const RowsTuple& qu
 }
 
 }  // namespace
-}  // namespace hmt
+}  // namespace hmt::cuda
 
 void register_cuda(py::module_& module) {
   using namespace py::literals;
-  module.def("memory_recall_cuda_plan", &hmt::recall_plan, "shape"_a, "dtype"_a, "sm_count"_a, "backward"_a);
-  module.def("memory_recall_cuda_fwd", &hmt::recall_fwd, py::kw_only(), "shape"_a, "dtype"_a, "sm_count"_a, "query"_a,
-             "memory"_a, "num_valid"_a, "recalled"_a, "recalled_copy"_a, "lse"_a, "slot"_a, "new_memory"_a,
+  module.def("memory_recall_cuda_plan", &hmt::cuda::recall_plan, "shape"_a, "dtype"_a, "sm_count"_a, "backward"_a);
+  module.def("memory_recall_cuda_fwd", &hmt::cuda::recall_fwd, py::kw_only(), "shape"_a, "dtype"_a, "sm_count"_a,
+             "query"_a, "memory"_a, "num_valid"_a, "recalled"_a, "recalled_copy"_a, "lse"_a, "slot"_a, "new_memory"_a,
              "slot_index"_a, "workspace"_a, "counters"_a, "softmax_scale"_a, "stream"_a);
-  module.def("memory_recall_cuda_bwd", &hmt::recall_bwd, py::kw_only(), "shape"_a, "dtype"_a, "sm_count"_a, "query"_a,
-             "memory"_a, "num_valid"_a, "recalled"_a, "d_recalled"_a, "lse"_a, "d_lse"_a, "d_query"_a, "d_memory"_a,
-             "d_memory_sum"_a, "workspace"_a, "counters"_a, "softmax_scale"_a, "stream"_a);
+  module.def("memory_recall_cuda_bwd", &hmt::cuda::recall_bwd, py::kw_only(), "shape"_a, "dtype"_a, "sm_count"_a,
+             "query"_a, "memory"_a, "num_valid"_a, "recalled"_a, "d_recalled"_a, "lse"_a, "d_lse"_a, "d_query"_a,
+             "d_memory"_a, "d_memory_sum"_a, "workspace"_a, "counters"_a, "softmax_scale"_a, "stream"_a);
 }

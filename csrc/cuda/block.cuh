@@ -3,7 +3,7 @@
 
 #include "device.cuh"
 
-namespace hmt {
+namespace hmt::cuda {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr int kWarp = 32;
@@ -115,4 +115,4 @@ class BlockSums {
   const float* shared_;
 };
 
-}  // namespace hmt
+}  // namespace hmt::cuda

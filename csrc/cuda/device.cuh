@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace hmt {
+namespace hmt::cuda {
 constexpr size_t kMaxSharedBytes = 99 << 10;  // of a block, on the smallest card (compute capability 8.6)
 }
 
@@ -16,7 +16,7 @@ constexpr size_t kMaxSharedBytes = 99 << 10;  // of a block, on the smallest car
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-namespace hmt {
+namespace hmt::cuda {
 
 // The caller's bytes of dynamic shared memory; kernels use no other shared memory.
 __device__ __forceinline__ unsigned char* shared_memory() {
@@ -57,6 +57,6 @@ const char* launch(void (*kernel)(Params), int64_t blocks, int threads, size_t s
   return cudaGetErrorString(error);
 }
 
-}  // namespace hmt
+}  // namespace hmt::cuda
 
 #endif

@@ -6,7 +6,7 @@
 #include "block.cuh"
 #include "recall.h"
 
-namespace hmt {
+namespace hmt::cuda {
 
 // The first column of this thread's v-th vector: neighbouring threads own neighbouring vectors.
 template <typename T>
@@ -202,4 +202,4 @@ class RecallSharedMemory {
   int turn_ = 0;
 };
 
-}  // namespace hmt
+}  // namespace hmt::cuda

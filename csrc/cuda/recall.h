@@ -3,7 +3,7 @@
 
 #include "recall_plan.h"
 
-namespace hmt {
+namespace hmt::cuda {
 
 // A [B, rows, D] tensor: rows start at multiples of 16 bytes and are contiguous; strides count elements.
 struct Rows {
@@ -44,4 +44,4 @@ struct RecallBackward {
 void memory_recall_fwd(const RecallForward& params, DType dtype, void* stream);
 void memory_recall_bwd(const RecallBackward& params, DType dtype, void* stream);
 
-}  // namespace hmt
+}  // namespace hmt::cuda

@@ -3,7 +3,7 @@
 #include "recall.cuh"
 #include "recall_host.h"
 
-namespace hmt {
+namespace hmt::cuda {
 namespace {
 
 // What a group of queries brings and gets, in this thread's columns. Lane q * kRows + r has the scalars of query q.
@@ -268,4 +268,4 @@ void memory_recall_bwd(const RecallBackward& params, DType dtype, void* stream) 
   if (error) throw launch_error("memory_recall_bwd", params.shape, dtype, error);
 }
 
-}  // namespace hmt
+}  // namespace hmt::cuda

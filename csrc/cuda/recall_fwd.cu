@@ -3,7 +3,7 @@
 #include "recall.cuh"
 #include "recall_host.h"
 
-namespace hmt {
+namespace hmt::cuda {
 namespace {
 
 // The softmax-weighted sum of some rows for kQueries queries: this thread's columns, and the rest in every thread.
@@ -220,4 +220,4 @@ void memory_recall_fwd(const RecallForward& params, DType dtype, void* stream) {
   if (error) throw launch_error("memory_recall_fwd", params.shape, dtype, error);
 }
 
-}  // namespace hmt
+}  // namespace hmt::cuda

@@ -6,7 +6,7 @@
 
 #include "recall.h"
 
-namespace hmt {
+namespace hmt::cuda {
 
 template <typename Element>
 struct Type {
@@ -33,4 +33,4 @@ inline std::runtime_error launch_error(const char* kernel, const RecallShape& sh
                             std::to_string(shape.dim) + ", " + dtypes[static_cast<int>(dtype)] + "): " + error);
 }
 
-}  // namespace hmt
+}  // namespace hmt::cuda

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-namespace hmt {
+namespace hmt::cuda {
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
@@ -67,4 +67,4 @@ inline RecallPlan plan_recall(const RecallShape& shape, DType dtype, int sm_coun
   return plan;
 }
 
-}  // namespace hmt
+}  // namespace hmt::cuda

@@ -313,7 +313,7 @@ T __ldcg(const T* address) {
   return *address;
 }
 
-namespace hmt {
+namespace hmt::cuda {
 
 inline unsigned char* shared_memory() {
   return emulation::current_thread->block->shared;
@@ -357,4 +357,4 @@ const char* launch(void (*kernel)(Params), int64_t blocks, int threads, size_t s
   return nullptr;
 }
 
-}  // namespace hmt
+}  // namespace hmt::cuda

@@ -16,7 +16,7 @@
 
 namespace {
 
-using hmt::DType;
+using hmt::cuda::DType;
 
 struct Case {
   const char* name;
@@ -40,7 +40,7 @@ struct Tensor {
     bytes.resize(static_cast<size_t>(std::max<int64_t>((batch * rows - 1) * stride + dim, 0)) * item, 0xff);
   }
 
-  hmt::Rows rows() { return {bytes.data(), count * stride, stride}; }
+  hmt::cuda::Rows rows() { return {bytes.data(), count * stride, stride}; }
   unsigned char* at(int64_t b, int64_t row) {
     return bytes.data() + (b * count + row) * stride * static_cast<int64_t>(item);
   }
@@ -50,7 +50,7 @@ struct Tensor {
     for (int64_t d = 0; d < dim; ++d) {
       state = state * 1664525u + 1013904223u;
       T value;
-      hmt::from_float(static_cast<float>(state >> 8) / 8388608.0f - 1.0f, value);
+      hmt::cuda::from_float(static_cast<float>(state >> 8) / 8388608.0f - 1.0f, value);
       std::memcpy(at(b, row) + d * static_cast<int64_t>(item), &value, item);
     }
   }
@@ -68,7 +68,7 @@ bool has_nan(Tensor& tensor) {
       for (int64_t d = 0; d < tensor.dim; ++d) {
         T value;
         std::memcpy(&value, tensor.at(b, r) + d * static_cast<int64_t>(tensor.item), tensor.item);
-        if (std::isnan(hmt::to_float(value))) return true;
+        if (std::isnan(hmt::cuda::to_float(value))) return true;
       }
     }
   }
@@ -96,7 +96,7 @@ template <typename T>
 Bytes run(const Case& c, uint64_t seed) {
   emulation::options().seed = seed;
   unsigned state = 1;
-  const hmt::RecallShape shape = {c.batch, c.queries, c.slots, c.dim};
+  const hmt::cuda::RecallShape shape = {c.batch, c.queries, c.slots, c.dim};
   Tensor query(c.batch, c.queries, c.dim, sizeof(T)), memory(c.batch, c.slots, c.dim, sizeof(T));
   Tensor recalled = query, copy = query, d_recalled = query, d_query = query,
          d_memory(c.batch, c.slots, c.dim, sizeof(T));
@@ -112,23 +112,23 @@ Bytes run(const Case& c, uint64_t seed) {
     new_memory.fill<T>(b, 0, state);
   }
 
-  hmt::RecallForward f = {};
+  hmt::cuda::RecallForward f = {};
   f.shape = shape;
-  f.plan = hmt::plan_recall(shape, c.dtype, 132, false);
+  f.plan = hmt::cuda::plan_recall(shape, c.dtype, 132, false);
   f.query = query.rows(), f.memory = memory.rows(), f.recalled = recalled.rows(), f.recalled_copy = copy.rows();
   if (c.queries == 1) f.new_memory = new_memory.rows(), f.slot_index = slot_index.data();
   f.num_valid = num_valid.data(), f.lse = lse.data(), f.slot = slot.data(), f.softmax_scale = 0.5f;
   std::vector<float> workspace(static_cast<size_t>(f.plan.units * f.plan.unit_floats), NAN);
   std::vector<unsigned> counters(static_cast<size_t>(f.plan.units * f.plan.unit_counters));
   f.workspace = workspace.data(), f.counters = counters.data();
-  hmt::memory_recall_fwd(f, c.dtype, nullptr);
+  hmt::cuda::memory_recall_fwd(f, c.dtype, nullptr);
   if (has_nan<T>(recalled) || has_nan<T>(copy)) fail(c, seed, "recalled holds NaN");
   if (!all_zero(counters)) fail(c, seed, "the forward kernel leaves a counter that is not zero");
 
 #ifndef FORWARD_ONLY
-  hmt::RecallBackward g = {};
+  hmt::cuda::RecallBackward g = {};
   g.shape = shape;
-  g.plan = hmt::plan_recall(shape, c.dtype, 132, true);
+  g.plan = hmt::cuda::plan_recall(shape, c.dtype, 132, true);
   g.query = f.query, g.memory = f.memory, g.recalled = f.recalled, g.d_recalled = d_recalled.rows();
   g.num_valid = f.num_valid, g.lse = f.lse, g.d_lse = d_lse.data(), g.softmax_scale = f.softmax_scale;
   g.d_query = d_query.rows(), g.d_memory = d_memory.rows();
@@ -137,7 +137,7 @@ Bytes run(const Case& c, uint64_t seed) {
   workspace.assign(static_cast<size_t>(g.plan.units * g.plan.unit_floats), NAN);
   counters.assign(static_cast<size_t>(g.plan.units * g.plan.unit_counters), 0);
   g.workspace = workspace.data(), g.counters = counters.data();
-  hmt::memory_recall_bwd(g, c.dtype, nullptr);
+  hmt::cuda::memory_recall_bwd(g, c.dtype, nullptr);
   if (has_nan<T>(d_query) || has_nan<T>(d_memory)) fail(c, seed, "a gradient holds NaN");
   if (!all_zero(counters)) fail(c, seed, "the backward kernel leaves a counter that is not zero");
 #endif
@@ -157,7 +157,7 @@ int main(int argc, char** argv) {
   for (const Case& c : kCases) {
     if (argc > 2 && std::string(argv[2]) != c.name) continue;
     const auto run_case = [&](uint64_t seed) {
-      return hmt::with_dtype(c.dtype, [&](auto type) { return run<typename decltype(type)::T>(c, seed); });
+      return hmt::cuda::with_dtype(c.dtype, [&](auto type) { return run<typename decltype(type)::T>(c, seed); });
     };
     const Bytes first = run_case(0);
     for (uint64_t seed = 1; seed < seeds; ++seed) {
