@@ -1,0 +1,175 @@
+"""Compiles every shipped kernel configuration for sm_80, sm_90 and sm_100 without a GPU, and checks the machine code.
+
+    python -m benchmarks.audit [--only TEXT]
+
+For each: registers, spills, shared memory against the card's limit, and 16-byte loads in the loops that stream the
+inputs. Prints a table and exits with 1 if a check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported: this needs the compiler
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks import sass
+from benchmarks.audit_cases import FAMILIES, Case, targets
+from hmt_kernels.memory_recall.triton_configs import SHARED_MEMORY
+from hmt_kernels.triton_launch import Launch
+
+CUDA_SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+CUDA_ARCHITECTURES = ("80", "90a")
+TRITON_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+
+
+class Finding(NamedTuple):
+    label: str
+    arch: str
+    warps: int | None  # None: chosen by the CUDA kernel's launcher
+    code: sass.Code
+    shared_memory: int
+    problems: list[str]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", default="", help="check only what has this text in its line, such as 'D576' or 'sm_80'"
+    )
+    only = parser.parse_args().only
+
+    # A worker is told a position in this list: compiled-function objects do not travel between processes.
+    jobs = [partial(check_launch, case) for family in FAMILIES for target in targets() for case in family(target)]
+    names = [f"{case.args[0].label} sm_{case.args[0].target.arch}" for case in jobs]
+    nvcc = shutil.which("nvcc")
+    sources = sorted(CUDA_SOURCES.glob("*.cu")) if nvcc else []
+    jobs += [partial(check_source, nvcc, source, arch) for source in sources for arch in CUDA_ARCHITECTURES]
+    names += [f"{source.name} sm_{arch}" for source in sources for arch in CUDA_ARCHITECTURES]
+    _jobs.extend(job for job, name in zip(jobs, names, strict=True) if only in name)
+
+    print(f"{'kernel':<58} {'arch':<7} warps registers spills shared KiB  16-byte  shorter loads  verdict")
+    failures = 0
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("fork")) as workers:
+        for findings in workers.map(_run_job, range(len(_jobs))):
+            for finding in findings:
+                print(format_finding(finding), flush=True)
+                failures += bool(finding.problems)
+    if nvcc is None:
+        print("CUDA C++: not checked, there is no nvcc")
+    print(f"{failures} failed")
+    return 1 if failures or not _jobs else 0
+
+
+_jobs: list[Callable[[], list[Finding]]] = []
+
+
+def _run_job(index: int) -> list[Finding]:
+    return _jobs[index]()
+
+
+def check_launch(case: Case) -> list[Finding]:
+    """Compile one Triton launch for its target."""
+    arch = case.target.arch
+    options = {"num_warps": case.launch.num_warps, "enable_fp_fusion": True}
+    compiled = triton.compile(launch_source(case.launch), target=GPUTarget("cuda", arch, 32), options=options)
+    (code,) = disassemble(compiled.asm["cubin"])
+    return [judge(case.label, f"sm_{arch}", case.launch.num_warps, code, compiled.metadata.shared, arch)]
+
+
+def launch_source(launch: Launch) -> ASTSource:
+    """The kernel specialised as this launch would: types by argument, pointers aligned to 16 bytes."""
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[position,] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            if not parameter.do_not_specialize_on_alignment:
+                attributes[position,] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = parameter.annotation_type or "fp32"
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def check_source(nvcc: str, source: Path, arch: str) -> list[Finding]:
+    """Compile one CUDA C++ file for an architecture; every kernel in it is a finding."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        command = [
+            nvcc,
+            "-cubin",
+            "-O3",
+            "-std=c++17",
+            f"-arch=sm_{arch}",
+            f"-I{source.parents[1]}",
+            source,
+            "-o",
+            cubin,
+        ]
+        subprocess.run(command, check=True, capture_output=True)
+        codes = disassemble(cubin.read_bytes())
+    number = int(arch.rstrip("a"))
+    return [judge(readable_name(code.name), f"sm_{arch}", None, code, code.shared_memory, number) for code in codes]
+
+
+def readable_name(mangled: str) -> str:
+    """memory_recall_fwd_kernel<bf16, 4> for _ZN...24memory_recall_fwd_kernelI13__nv_bfloat16Li4EEEv..."""
+    found = re.search(r"\d([a-z][a-z_]*_kernel)(?:I(.*?)EEv)?", mangled)
+    if found is None:
+        return mangled
+    types = {"13__nv_bfloat16": "bf16", "6__half": "fp16", "f": "fp32"}
+    arguments = re.findall(r"13__nv_bfloat16|6__half|f|(?<=L[ijbm])\d+", found[2] or "")
+    return f"{found[1]}<{', '.join(types.get(argument, argument) for argument in arguments)}>"
+
+
+def disassemble(cubin: bytes) -> list[sass.Code]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [TRITON_TOOLS / "cuobjdump", "--dump-sass", "--dump-resource-usage", file.name]
+        return sass.parse(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def judge(label: str, arch: str, warps: int | None, code: sass.Code, shared_memory: int, number: int) -> Finding:
+    problems = []
+    if code.spills:
+        problems.append(f"{code.spills} spill instructions")
+    if shared_memory > SHARED_MEMORY[number] * 1024:
+        problems.append(f"shared memory above {SHARED_MEMORY[number]} KiB")
+    if code.narrow_loads or not code.wide_loads:
+        problems.append("streaming loads shorter than 16 bytes" if code.narrow_loads else "no streaming loads")
+    return Finding(label, arch, warps, code, shared_memory, problems)
+
+
+def format_finding(finding: Finding) -> str:
+    code = finding.code
+    warps = "" if finding.warps is None else finding.warps
+    return (
+        f"{finding.label:<58} {finding.arch:<7} {warps:>5} {code.registers:>9} {code.spills:>6}"
+        f" {finding.shared_memory / 1024:>10.1f} {code.wide_loads:>8} {code.narrow_loads:>8}"
+        f"        {'; '.join(finding.problems) or 'ok'}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Reading the machine code of a kernel, as cuobjdump prints it: its loops, its loads, its use of local memory."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+class Instruction(NamedTuple):
+    address: int
+    opcode: str  # LDG.E.128
+    operands: str
+
+
+class Code(NamedTuple):
+    name: str
+    registers: int
+    shared_memory: int  # static
+    spills: int  # instructions that read or write local memory
+    wide_loads: int  # of 16 bytes or in bulk, in the streaming loops
+    narrow_loads: int
+
+
+_FUNCTION = re.compile(r"^\s*Function : (\S+)", re.M)
+_RESOURCES = re.compile(r"^ Function (\S+):\s*\n\s*REG:(\d+) .*?SHARED:(\d+)", re.M)
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
+
+
+def parse(dump: str) -> list[Code]:
+    """Every function in the output of `cuobjdump --dump-sass --dump-resource-usage`."""
+    resources = {name: (int(registers), int(shared)) for name, registers, shared in _RESOURCES.findall(dump)}
+    pieces = _FUNCTION.split(dump)[1:]
+    codes = []
+    for name, text in zip(pieces[::2], pieces[1::2], strict=True):
+        instructions = [Instruction(int(a, 16), opcode, operands) for a, opcode, operands in _INSTRUCTION.findall(text)]
+        spills = sum(i.opcode.split(".")[0] in ("STL", "LDL") for i in instructions)
+        wide, narrow = streaming_loads(instructions)
+        codes.append(Code(name, *resources[name], spills, wide, narrow))
+    return codes
+
+
+def streaming_loads(instructions: list[Instruction]) -> tuple[int, int]:
+    """Global loads of 16 bytes or more, and of less, in the loops before the first atomic.
+
+    The first atomic counts the blocks that are done; what follows it reads partial results, not the inputs.
+    """
+    atomics = [i.address for i in instructions if i.opcode.startswith(("ATOMG", "RED"))]
+    first_atomic = min(atomics, default=instructions[-1].address + 1)
+    wide = narrow = 0
+    for instruction in instructions:
+        width = load_width(instruction.opcode)
+        if width and any(start <= instruction.address <= end < first_atomic for start, end in loops(instructions)):
+            wide += width >= 16
+            narrow += width < 16
+    return wide, narrow
+
+
+def loops(instructions: list[Instruction]) -> list[tuple[int, int]]:
+    """The first and last address of every loop: a branch that goes back."""
+    found = []
+    for instruction in instructions:
+        if instruction.opcode.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", instruction.operands)):
+            start = int(target[1], 16)
+            # A branch to itself follows the end of every function.
+            if start < instruction.address:
+                found.append((start, instruction.address))
+    return found
+
+
+def load_width(opcode: str) -> int:
+    """Bytes per thread of a load from global memory; 0 for another instruction."""
+    parts = opcode.split(".")
+    if parts[0].startswith(("UBLKCP", "UTMALDG")):
+        return 16
+    if parts[0] not in ("LDG", "LDGSTS"):
+        return 0
+    sizes = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1, "256": 32}
+    return next((sizes[part] for part in parts[1:] if part in sizes), 4)
