@@ -92,10 +92,11 @@ def run(part: Part, has_cuda: bool, seconds_left: float) -> Result:
     limit = min(part.seconds, seconds_left)
     if limit < 5:
         return Result(part.name, "FAILED", 0, f"no time was left of {TOTAL_SECONDS} s")
+    settings = {"PYTHONUNBUFFERED": "1"} | ({"HMT_KERNELS_FORCE_CUDA": "1"} if has_cuda else {})
     started = time.time()
     process = subprocess.Popen(
         part.command, cwd=ROOT, text=True, errors="replace", start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | settings,
     )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=limit)
