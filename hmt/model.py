@@ -296,7 +296,8 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
 def _set_attention(backbone: PreTrainedModel, requested: str | None, loaded_with: str | None = None) -> None:
     """Give the backbone the attention asked for; by default "hmt" in place of transformers' own default "sdpa"."""
     current = loaded_with or backbone.config._attn_implementation
-    backbone.set_attn_implementation(requested or ("hmt" if current == "sdpa" else current))
+    replaceable = current == "sdpa" and getattr(backbone.config, "attn_logit_softcapping", None) is None
+    backbone.set_attn_implementation(requested or ("hmt" if replaceable else current))
 
 
 def _open(state: HMTState, segment: Tokens, cache: Any = None) -> HMTState:
