@@ -75,7 +75,7 @@ def ninja_file(target, compiler, nvcc):
     optimise = ["-O0", "-g"] if flag("DEBUG") else ["-O3"]
     includes = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"), f"-I{CSRC}"]
     common = ["-std=c++17", *optimise, *includes, *(["-DHMT_WITH_CUDA"] if nvcc else [])]
-    host = [*WARNINGS, "-fPIC", "-fvisibility=hidden"]
+    host = [*WARNINGS, "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     commands = {
         "cpp": [compiler, *common, *host],

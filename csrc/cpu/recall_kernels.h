@@ -1,0 +1,231 @@
+// The kernels of memory_recall over the vectors of one instruction set; see vectors.h for how it is included.
+// Each row of memory comes from main memory once: for its scores, and while still in cache for the weighted sum.
+#pragma once
+
+#include <cmath>
+
+#include "recall.h"
+#include "vectors.h"
+
+namespace hmt::cpu {
+namespace {
+
+constexpr int kRows = 8;                          // of memory, handled together
+constexpr int kGroup = 4;                         // queries that share the widening of those rows
+constexpr int kWriteRows = kLanes == 16 ? 4 : 2;  // rows of d_memory that fit into registers
+
+template <class E>
+using Row = const typename E::Element*;
+
+template <class E>
+typename E::Element* row_of(const Rows& rows, int64_t b, int64_t i) {
+  return static_cast<typename E::Element*>(rows.data) + b * rows.batch_stride + i * rows.row_stride;
+}
+
+// Slots n, ..., n + kRows - 1 of a queue, of which `count` lie before the end; the others repeat the last one.
+template <class E>
+struct RowBlock {
+  Row<E> row[kRows];
+  Row<E> next[kRows];  // the block after this one, to be prefetched
+  int count;
+};
+
+template <class E>
+RowBlock<E> row_block(const Rows& memory, int64_t b, int64_t n, int64_t end) {
+  RowBlock<E> rows;
+  rows.count = static_cast<int>(std::min<int64_t>(kRows, end - n));
+  for (int r = 0; r < kRows; ++r) {
+    rows.row[r] = row_of<E>(memory, b, std::min(n + r, end - 1));
+    rows.next[r] = row_of<E>(memory, b, std::min(n + kRows + r, end - 1));
+  }
+  return rows;
+}
+
+// products[i][r] = x[i] . row[r]
+template <class E, int kCount>
+void dot_rows(const Row<E> (&x)[kCount], const RowBlock<E>& rows, int64_t dim, float (&products)[kCount][kRows]) {
+  f32 sums[kCount][kRows] = {};
+  for_each_block(dim, [&](int64_t k, auto part) {
+    typename E::Block blocks[kCount];
+    for (int i = 0; i < kCount; ++i) blocks[i] = load<E>(x[i] + k, part);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const typename E::Block block = load<E>(rows.row[r] + k, part);
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) sums[i][r] = E::dot(sums[i][r], blocks[i], block);
+    }
+  });
+  for (int i = 0; i < kCount; ++i) {
+    for (int r = 0; r < kRows; ++r) products[i][r] = sum(sums[i][r]);
+  }
+}
+
+template <class E>
+inline void prefetch(Row<E> from) {
+  const char* bytes = reinterpret_cast<const char*>(from);
+  for (size_t i = 0; i < kBlock * sizeof *from; i += 64) __builtin_prefetch(bytes + i, 0, 2);
+}
+
+// partial[i] += sum over r of weights[i][r] row[r]
+template <class E, int kCount>
+void add_rows(const RowBlock<E>& rows, const float (&weights)[kCount][kRows], int64_t dim, float* partial,
+              int64_t stride) {
+  for_each_block(dim, [&](int64_t k, auto part) {
+    Pair sums[kCount];
+    for (int i = 0; i < kCount; ++i) sums[i] = load_pair(partial + i * stride + k);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      prefetch<E>(rows.next[r] + k);
+      const Pair x = E::widen(load<E>(rows.row[r] + k, part));
+#pragma GCC unroll 4
+      for (int i = 0; i < kCount; ++i) sums[i] = multiply_add(weights[i][r], x, sums[i]);
+    }
+    for (int i = 0; i < kCount; ++i) store_pair(partial + i * stride + k, sums[i]);
+  });
+}
+
+// Turns products into weights exp(score - max) under the running maximum, and rescales what an older one weighted.
+inline void add_scores(float (&products)[kRows], int count, int64_t first_slot, float softmax_scale, float* partial,
+                       int64_t stride, Softmax& softmax) {
+  const float old_max = softmax.max;
+  for (int r = 0; r < count; ++r) {
+    products[r] *= softmax_scale;
+    if (products[r] > softmax.max) {
+      softmax.max = products[r];
+      softmax.slot = first_slot + r;
+    }
+  }
+  const float base = softmax.max == -INFINITY ? 0.0f : softmax.max;  // -inf - -inf would be NaN
+  if (softmax.max != old_max) {
+    const float factor = expf(old_max - base);
+    softmax.sum *= factor;
+    for (int64_t k = 0; factor != 0.0f && k < stride; k += kBlock) {
+      store_pair(partial + k, multiply_add(factor, load_pair(partial + k), Pair()));
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    products[r] = r < count ? expf(products[r] - base) : 0.0f;
+    softmax.sum += products[r];
+  }
+}
+
+template <class E, int kCount>
+void forward_rows(const Recall& p, const RowBlock<E>& rows, int64_t b, int64_t n, int64_t q, float* partial,
+                  Softmax* softmax) {
+  const int64_t stride = scratch_stride(p.dim);
+  Row<E> query[kCount];
+  for (int i = 0; i < kCount; ++i) query[i] = row_of<E>(p.query, b, q + i);
+  float weights[kCount][kRows];
+  dot_rows<E>(query, rows, p.dim, weights);
+  for (int i = 0; i < kCount; ++i) {
+    add_scores(weights[i], rows.count, n, p.softmax_scale, partial + (q + i) * stride, stride, softmax[q + i]);
+  }
+  add_rows<E>(rows, weights, p.dim, partial + q * stride, stride);
+}
+
+template <class E>
+void forward(const Recall& p, int64_t b, int64_t begin, int64_t end, float* partial, Softmax* softmax) {
+  std::memset(partial, 0, p.queries * scratch_stride(p.dim) * sizeof *partial);
+  for (int64_t q = 0; q < p.queries; ++q) softmax[q] = {-INFINITY, 0.0f, begin};
+  for (int64_t n = begin; n < end; n += kRows) {
+    const auto rows = row_block<E>(p.memory, b, n, end);
+    int64_t q = 0;
+    for (; q + kGroup <= p.queries; q += kGroup) forward_rows<E, kGroup>(p, rows, b, n, q, partial, softmax);
+    for (; q < p.queries; ++q) forward_rows<E, 1>(p, rows, b, n, q, partial, softmax);
+  }
+}
+
+template <class E>
+float dot(Row<E> x, Row<E> y, int64_t dim) {
+  f32 products = {};
+  for_each_block(
+      dim, [&](int64_t k, auto part) { products = E::dot(products, load<E>(x + k, part), load<E>(y + k, part)); });
+  return sum(products);
+}
+
+// What the backward pass knows of every query of a queue, and its weights for the rows at hand.
+template <class E>
+struct Queries {
+  Row<E> query[kMaxQueries], d_recalled[kMaxQueries];
+  float delta[kMaxQueries];
+  float p[kMaxQueries][kRows], ds[kMaxQueries][kRows];  // ds: of the product, that is with softmax_scale
+};
+
+// d_memory of kWriteRows rows from `first` on, and their share of partial; kOne: there is one query only.
+template <class E, bool kOne>
+void write_rows(const Recall& p, const Queries<E>& queries, const RowBlock<E>& rows, int first,
+                typename E::Element* const (&d_row)[kRows], float* partial) {
+  const int64_t count = kOne ? 1 : p.queries, stride = scratch_stride(p.dim);
+  for_each_block(p.dim, [&](int64_t k, auto part) {
+    Pair x[kWriteRows], dx[kWriteRows] = {};
+    for (int r = 0; r < kWriteRows; ++r) {
+      prefetch<E>(rows.next[first + r] + k);
+      x[r] = E::widen(load<E>(rows.row[first + r] + k, part));
+    }
+    for (int64_t q = 0; q < count; ++q) {
+      const Pair u = E::widen(load<E>(queries.query[q] + k, part));
+      const Pair d = E::widen(load<E>(queries.d_recalled[q] + k, part));
+      Pair du = load_pair(partial + q * stride + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < kWriteRows; ++r) {
+        const float weight = queries.p[q][first + r], ds = queries.ds[q][first + r];
+        du = multiply_add(ds, x[r], du);
+        dx[r] = multiply_add(weight, d, multiply_add(ds, u, dx[r]));
+      }
+      store_pair(partial + q * stride + k, du);
+    }
+    for (int r = 0; r < kWriteRows; ++r) {
+      if (first + r < rows.count) store<E>(d_row[first + r] + k, dx[r], part);
+    }
+  });
+}
+
+template <class E>
+void backward(const Recall& p, int64_t b, int64_t begin, int64_t end, float* partial) {
+  std::memset(partial, 0, p.queries * scratch_stride(p.dim) * sizeof *partial);
+  Queries<E> queries;
+  for (int64_t q = 0; q < p.queries; ++q) {
+    queries.query[q] = row_of<E>(p.query, b, q);
+    queries.d_recalled[q] = row_of<E>(p.d_recalled, b, q);
+    const float d_lse = p.d_lse ? p.d_lse[b * p.queries + q] : 0.0f;
+    queries.delta[q] = dot<E>(queries.d_recalled[q], row_of<E>(p.recalled, b, q), p.dim) - d_lse;
+  }
+  for (int64_t n = begin; n < end; n += kRows) {
+    const auto rows = row_block<E>(p.memory, b, n, end);
+    typename E::Element* d_row[kRows];
+    for (int r = 0; r < kRows; ++r) d_row[r] = row_of<E>(p.d_memory, b, n + r);
+    for (int64_t q = 0; q < p.queries; ++q) {
+      float products[2][kRows];
+      dot_rows<E, 2>({queries.query[q], queries.d_recalled[q]}, rows, p.dim, products);
+      for (int r = 0; r < kRows; ++r) {
+        const float score = products[0][r] * p.softmax_scale - p.lse[b * p.queries + q];
+        queries.p[q][r] = r < rows.count ? expf(score) : 0.0f;
+        queries.ds[q][r] =
+            r < rows.count ? p.softmax_scale * queries.p[q][r] * (products[1][r] - queries.delta[q]) : 0.0f;
+      }
+    }
+    for (int first = 0; first < rows.count; first += kWriteRows) {
+      const auto write = p.queries == 1 ? write_rows<E, true> : write_rows<E, false>;
+      write(p, queries, rows, first, d_row, partial);
+    }
+  }
+}
+
+template <class E>
+void combine(const float* partials, int64_t stride, const float* weights, int64_t count, int64_t dim, void* row) {
+  for_each_block(dim, [&](int64_t k, auto part) {
+    Pair sums = {};
+    for (int64_t i = 0; i < count; ++i) sums = multiply_add(weights[i], load_pair(partials + i * stride + k), sums);
+    store<E>(static_cast<typename E::Element*>(row) + k, sums, part);
+  });
+}
+
+constexpr Kernels make_kernels(const char* name) {
+  return {name,
+          {forward<Float32>, forward<Float16>, forward<BFloat16>},
+          {backward<Float32>, backward<Float16>, backward<BFloat16>},
+          {combine<Float32>, combine<Float16>, combine<BFloat16>}};
+}
+
+}  // namespace
+}  // namespace hmt::cpu

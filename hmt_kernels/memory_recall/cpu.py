@@ -1,0 +1,96 @@
+"""memory_recall in C++ (csrc/cpu): one pass over the memory, in AVX-512, AVX2 or portable code chosen at run time."""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    from hmt_kernels import _C
+except ImportError:
+    _C = None  # type: ignore[assignment]
+
+MAX_QUERIES = 64  # kMaxQueries in csrc/cpu/recall.h
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def missing() -> str | None:
+    """Why this machine cannot run the C++ kernels at all (None: it can)."""
+    if _C is None:
+        return "the native module hmt_kernels._C is not built"
+    if not hasattr(_C, "cpu_isa"):
+        return "the native module hmt_kernels._C is of another version"
+    try:
+        _C.cpu_isa()
+    except ValueError as error:  # from HMT_KERNELS_CPU_ISA
+        return str(error)
+    return None
+
+
+def unavailable(query: torch.Tensor, memory: torch.Tensor) -> str | None:
+    """Why the C++ kernels cannot run these tensors (None: they can); looks at metadata only."""
+    if query.device.type != "cpu":
+        return f"it needs CPU tensors, got {query.device.type}"
+    if query.dtype not in _DTYPES:
+        return f"it takes float32, float16 and bfloat16, got {query.dtype}"
+    if query.shape[1] > MAX_QUERIES:
+        return f"it takes at most {MAX_QUERIES} queries, got {query.shape[1]}"
+    return None
+
+
+def forward(
+    query: torch.Tensor, memory: torch.Tensor, num_valid: torch.Tensor | None, softmax_scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """recalled [B, Q, D], lse [B, Q], slot [B, Q]."""
+    batch, queries, dim = query.shape
+    recalled = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = torch.empty(batch, queries, dtype=torch.float32)
+    slot = torch.empty(batch, queries, dtype=torch.int32)
+    query, memory, counts = _with_contiguous_rows(query), _with_contiguous_rows(memory), _contiguous(num_valid)
+    _C.memory_recall_cpu_fwd(
+        (batch, queries, memory.shape[1], dim), _DTYPES[query.dtype], softmax_scale, _rows(query), _rows(memory),
+        _pointer(counts), recalled.data_ptr(), lse.data_ptr(), slot.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return recalled, lse, slot
+
+
+def backward(
+    d_recalled: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    query: torch.Tensor,
+    memory: torch.Tensor,
+    num_valid: torch.Tensor | None,
+    recalled: torch.Tensor,
+    lse: torch.Tensor,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """d_query [B, Q, D] and d_memory [B, N, D], in one pass over the memory."""
+    batch, queries, dim = query.shape
+    d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    d_memory = torch.empty_like(memory, memory_format=torch.contiguous_format)
+    query, memory, d_recalled = map(_with_contiguous_rows, (query, memory, d_recalled))
+    counts, recalled, lse, d_lse = map(_contiguous, (num_valid, recalled, lse, d_lse))
+    _C.memory_recall_cpu_bwd(
+        (batch, queries, memory.shape[1], dim), _DTYPES[query.dtype], softmax_scale, _rows(query), _rows(memory),
+        _pointer(counts), recalled.data_ptr(), lse.data_ptr(), _rows(d_recalled), _pointer(d_lse), d_query.data_ptr(),
+        d_memory.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return d_query, d_memory
+
+
+def _with_contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+
+
+def _contiguous(tensor):
+    return None if tensor is None else tensor.contiguous()
+
+
+def _rows(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """A [B, rows, D] tensor for the native module: address and strides of batch and rows."""
+    batch_stride, row_stride, _ = tensor.stride()
+    return tensor.data_ptr(), batch_stride, row_stride
+
+
+def _pointer(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
