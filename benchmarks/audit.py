@@ -1,6 +1,6 @@
 """Compiles every shipped kernel configuration for sm_80, sm_90 and sm_100 without a GPU, and checks the machine code.
 
-    python -m benchmarks.audit [--only TEXT]
+    python -m benchmarks.audit [--only TEXT] [--every-shape]
 
 For each: registers, spills, shared memory against the card's limit, and 16-byte loads in the loops that stream the
 inputs. Prints a table and exits with 1 if a check fails.
@@ -54,16 +54,18 @@ def main() -> int:
     parser.add_argument(
         "--only", default="", help="check only what has this text in its line, such as 'D576' or 'sm_80'"
     )
-    only = parser.parse_args().only
+    parser.add_argument("--every-shape", action="store_true", help="every tile shape there is; takes ten minutes")
+    options = parser.parse_args()
 
     # A worker is told a position in this list: compiled-function objects do not travel between processes.
-    jobs = [partial(check_launch, case) for family in FAMILIES for target in targets() for case in family(target)]
-    names = [f"{case.args[0].label} sm_{case.args[0].target.arch}" for case in jobs]
+    cases = [case for family in FAMILIES for target in targets() for case in family(target, options.every_shape)]
+    jobs = [partial(check_launch, case) for case in cases]
+    names = [f"{case.label} sm_{case.target.arch}" for case in cases]
     nvcc = shutil.which("nvcc")
     sources = sorted(CUDA_SOURCES.glob("*.cu")) if nvcc else []
     jobs += [partial(check_source, nvcc, source, arch) for source in sources for arch in CUDA_ARCHITECTURES]
     names += [f"{source.name} sm_{arch}" for source in sources for arch in CUDA_ARCHITECTURES]
-    _jobs.extend(job for job, name in zip(jobs, names, strict=True) if only in name)
+    _jobs.extend(job for job, name in zip(jobs, names, strict=True) if options.only in name)
 
     print(f"{'kernel':<58} {'arch':<7} warps registers spills shared KiB  16-byte  shorter loads  verdict")
     failures = 0

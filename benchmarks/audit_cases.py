@@ -8,7 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from hmt_kernels.memory_recall import triton_configs, triton_plans
+from hmt_kernels.memory_recall import triton_configs
+from hmt_kernels.memory_recall.triton_plans import (
+    plan_matrix_backward,
+    plan_matrix_forward,
+    plan_vector_backward,
+    plan_vector_forward,
+)
 from hmt_kernels.triton_launch import Launch, Target
 
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -24,58 +30,51 @@ def targets() -> list[Target]:
     return [Target(arch, multiprocessors) for arch, multiprocessors in MULTIPROCESSORS.items()]
 
 
-def recall_cases(target: Target) -> Iterator[Case]:
+def recall_cases(target: Target, every_shape: bool) -> Iterator[Case]:
     """Every row of the tables of memory_recall, with one and with two column tiles, for 2-byte and 4-byte elements.
 
     float16 has the code of bfloat16 but for the conversions; kernels that do not split lack only the reduction.
     """
+    widths = [1 << power for power in range(3, 14)]
+    every_dim = [
+        dim for width in widths for dim in (width, width * 5 // 4, width * 3 // 2) if dim % 8 == 0 and dim <= 8192
+    ]
     for dtype, vector_dims, matrix_dims in (
-        (torch.bfloat16, (64, 576, 1024, 2560, 4096, 8192), (8, 128, 576, 1024, 4096)),
+        (torch.bfloat16, (64, 576, 1024, 1536, 2560, 4096, 8192), (8, 128, 320, 576, 1024, 4096)),
         (torch.float32, (64, 576, 2560, 8192), (64, 576, 4096)),
     ):
-        for dim in vector_dims:
-            yield _vector_case("forward", 64, dim, dtype, target)
-            yield _vector_case("backward", 64, dim, dtype, target)
-        yield _vector_case("forward", 1, 4096, dtype, target)
-        for dim in matrix_dims:
-            yield _matrix_case("forward", dim, dtype, target)
-            yield _matrix_case("backward", dim, dtype, target)
+        for direction in ("forward", "backward"):
+            for dim in every_dim if every_shape else vector_dims:
+                yield recall_case(direction, 64, 1, dim, dtype, target)
+            for dim in every_dim if every_shape else matrix_dims:
+                yield recall_case(direction, 1, 16, dim, dtype, target)
+    for dim in (2048, 4096) if every_shape else (4096,):
+        yield recall_case("forward", 1, 1, dim, torch.bfloat16, target)
 
 
-def _vector_case(direction: str, batch: int, dim: int, dtype: torch.dtype, target: Target) -> Case:
-    query, memory, outputs, num_valid = _tensors(batch, 1, dim, dtype)
-    config = triton_configs.vector_config(direction, memory, target)
-    if direction == "forward":
-        step = (memory[:, 0], num_valid)  # the step is a recall that does more
-        plan = partial(triton_plans.plan_vector_forward, query, memory, num_valid, 1.0, outputs, *step)
-    else:
-        inputs = (query, outputs[1], query, memory, num_valid, *outputs[:2], 1.0)
-        plan = partial(triton_plans.plan_vector_backward, *inputs, (query, memory))
-    label = _label(f"recall {direction} B{batch}", dim, dtype, config)
-    return Case(label, target, plan(config=config, target=target))
-
-
-def _matrix_case(direction: str, dim: int, dtype: torch.dtype, target: Target) -> Case:
-    query, memory, outputs, num_valid = _tensors(1, 16, dim, dtype)
-    config = triton_configs.matrix_config(direction, memory)
-    if direction == "forward":
-        plan = partial(triton_plans.plan_matrix_forward, query, memory, num_valid, 1.0, outputs)
-    else:
-        inputs = (query, outputs[1], query, memory, num_valid, *outputs[:2], 1.0)
-        plan = partial(triton_plans.plan_matrix_backward, 0, *inputs, (query, memory))
-    label = _label(f"recall {direction} Q16", dim, dtype, config)
-    return Case(label, target, plan(config=config, target=target))
-
-
-def _tensors(batch: int, queries: int, dim: int, dtype: torch.dtype):
+def recall_case(
+    direction: str, batch: int, queries: int, dim: int, dtype: torch.dtype, target: Target, slots: int = 8192
+) -> Case:
+    """The launch of one problem; forward and one query together are the step, a recall that does more."""
     query = torch.empty(batch, queries, dim, dtype=dtype, device="meta")
-    memory = torch.empty(batch, 8192, dim, dtype=dtype, device="meta")
-    rows = torch.empty(batch, queries, device="meta")
-    return query, memory, (query, rows, rows.int()), torch.empty(batch, dtype=torch.int32, device="meta")
-
-
-def _label(name: str, dim: int, dtype: torch.dtype, config: triton_configs.Config) -> str:
-    return f"{name} D{dim} {str(dtype).removeprefix('torch.')} tile {config.block_n}x{config.num_stages}"
+    memory = torch.empty(batch, slots, dim, dtype=dtype, device="meta")
+    lse = torch.empty(batch, queries, device="meta")
+    counts = torch.empty(batch, dtype=torch.int32, device="meta")
+    inputs = (query, memory, counts)
+    if queries == 1:
+        config = triton_configs.vector_config(direction, memory, target)
+    else:
+        config = triton_configs.matrix_config(direction, memory)
+    plan = {
+        ("forward", True): partial(plan_vector_forward, *inputs, 1.0, (query, lse, lse.int()), memory[:, 0], counts),
+        ("forward", False): partial(plan_matrix_forward, *inputs, 1.0, (query, lse, lse.int())),
+        ("backward", True): partial(plan_vector_backward, query, lse, *inputs, query, lse, 1.0, (query, memory)),
+        ("backward", False): partial(plan_matrix_backward, 0, query, lse, *inputs, query, lse, 1.0, (query, memory)),
+    }[direction, queries == 1]
+    label = f"recall {direction} B{batch} "
+    label += f"Q{queries} " if queries > 1 else ""
+    label += f"D{dim} {str(dtype).removeprefix('torch.')} tile {config.block_n}x{config.num_stages}"
+    return Case(label, target, plan(config=config, target=target))
 
 
 # A new family of kernels adds its cases here.

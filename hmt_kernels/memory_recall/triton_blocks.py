@@ -21,6 +21,13 @@ NUM_STATS = tl.constexpr(3)  # m_i, l_i and slot
 GROUP = tl.constexpr(16)  # partial results that one block reduces
 NUM_COUNTERS = tl.constexpr(1 + 16)  # of the groups, and of each group's splits
 
+# Arguments that no kernel is compiled for: a queue that grows, or another batch, takes the kernel that is there.
+RUNTIME_SIZES = (
+    "num_queries", "num_slots", "splits", "slices", "first_query", "add_to_d_memory", "new_slot", "last_row",
+    "stride_qb", "stride_qq", "stride_mb", "stride_mn", "stride_nb", "stride_ob", "stride_dob", "stride_doq",
+)  # fmt: skip
+ANY_ALIGNMENT = ("num_valid_ptr", "new_slot_ptr", "d_lse_ptr")
+
 
 @triton.jit
 def exp(x):

@@ -29,7 +29,7 @@ class Config(NamedTuple):
 class VectorRow(NamedTuple):
     direction: str
     max_width: int  # of the first column tile (column_tiles)
-    few_blocks: bool  # for grids that leave most of the GPU idle: larger blocks, for one column tile
+    few_blocks: bool  # for grids that leave most of the GPU idle: larger blocks
     tile: int  # elements
     num_warps: int
     num_stages: int  # at most; as many as the shared memory holds
@@ -46,9 +46,9 @@ VECTOR_TABLE = (
 
 # By direction and element size, for D <= 128 and above. Float32 takes three tensor-core products, so smaller slices.
 MATRIX_TABLE = {
-    ("forward", 2): (Config(32, 4, 3, 64, 128), Config(32, 8, 3, 128, 1024)),
+    ("forward", 2): (Config(32, 4, 3, 64, 128), Config(32, 8, 4, 128, 1024)),
     ("forward", 4): (Config(32, 4, 3, 64, 128), Config(16, 8, 3, 64, 512)),
-    ("backward", 2): (Config(16, 4, 3, 64, 128), Config(32, 8, 3, 128, 640)),
+    ("backward", 2): (Config(16, 4, 3, 64, 128), Config(32, 8, 2, 128, 640)),
     ("backward", 4): (Config(32, 4, 3, 32, 128), Config(16, 4, 3, 32, 256)),
 }
 VECTOR_SMALLEST, MATRIX_SMALLEST = 8, 64  # column tile: every thread gets 16 bytes of it
@@ -59,7 +59,7 @@ _tuned: dict[tuple[object, ...], Config] = {}
 
 
 def column_tiles(width: int, smallest: int) -> tuple[int, int]:
-    """Two powers of two (or one, and 0) that hold `width` columns and are at most a fifth of themselves larger."""
+    """Two powers of two (or one, and 0) that hold `width` columns; at most a quarter of them stays empty."""
     first = max(smallest, 1 << (width.bit_length() - 1))
     if width <= first:
         return first, 0
@@ -75,14 +75,16 @@ def vector_config(direction: str, memory: torch.Tensor, target: Target) -> Confi
     batch, num_slots, dim = memory.shape
     element_size = memory.element_size()
     width, second = column_tiles(dim, VECTOR_SMALLEST)
-    few_blocks = batch * _useful_splits(num_slots, element_size, rows=1) <= target.multiprocessors and second == 0
+    few_blocks = batch * _useful_splits(num_slots, element_size, rows=1) <= target.multiprocessors
+    few_blocks = few_blocks and second == 0 and element_size == 2  # the others would spill
     for row in VECTOR_TABLE:
         if row.direction == direction and width <= row.max_width and row.few_blocks in (False, few_blocks):
             break
     block_n = max(1, row.tile // width)
     tile_size = block_n * dim * element_size
-    stages = min(row.num_stages, SHARED_MEMORY.get(target.arch, 99) * 1024 // tile_size)
-    return Config(block_n, row.num_warps, max(1, stages))
+    # Three stages of float32 have as many bytes in flight as six of two bytes.
+    most_stages = 3 if element_size == 4 else row.num_stages
+    return Config(block_n, row.num_warps, min(most_stages, SHARED_MEMORY.get(target.arch, 99) * 1024 // tile_size))
 
 
 def matrix_config(direction: str, memory: torch.Tensor) -> Config:
@@ -135,5 +137,5 @@ def neighbours(config: Config) -> list[Config]:
 def _time(launch: Callable[[Config], object], config: Config) -> float:
     try:
         return triton.testing.do_bench(lambda: launch(config), warmup=5, rep=20)
-    except triton.runtime.errors.OutOfResources:
+    except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
         return math.inf

@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 
 from hmt_kernels.memory_recall.triton_blocks import (
+    ANY_ALIGNMENT,
     FLOOR,
     NO_SLOT,
     NUM_COUNTERS,
     NUM_STATS,
+    RUNTIME_SIZES,
     exp,
     finish,
     live_slots,
@@ -54,10 +56,7 @@ def which_block(splits, slices, q_blocks):
     return b.to(tl.int64), q_block, split, slice_index, ((b * q_blocks + q_block) * slices + slice_index).to(tl.int64)
 
 
-@triton.jit(
-    do_not_specialize=["num_queries", "num_slots", "splits", "slices"],
-    do_not_specialize_on_alignment=["num_valid_ptr"],
-)
+@triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def memory_recall_matrix_fwd_kernel(
     query_ptr, memory_ptr, num_valid_ptr, recalled_ptr, lse_ptr, slot_ptr, partial_ptr, stats_ptr, counter_ptr,
     num_queries: tl.int32, num_slots: tl.int32, splits: tl.int32, slices: tl.int32, softmax_scale,
@@ -119,10 +118,7 @@ def memory_recall_matrix_fwd_kernel(
             tl.store(slot_ptr + rows, slot, mask=inside)
 
 
-@triton.jit(
-    do_not_specialize=["num_queries", "num_slots", "splits", "slices", "first_query", "add_to_d_memory"],
-    do_not_specialize_on_alignment=["num_valid_ptr", "d_lse_ptr"],
-)
+@triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def memory_recall_matrix_bwd_kernel(
     query_ptr, memory_ptr, num_valid_ptr, recalled_ptr, lse_ptr, d_recalled_ptr, d_lse_ptr,
     d_query_ptr, d_memory_ptr, partial_ptr, counter_ptr,

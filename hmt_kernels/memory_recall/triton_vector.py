@@ -6,10 +6,12 @@ import triton
 import triton.language as tl
 
 from hmt_kernels.memory_recall.triton_blocks import (
+    ANY_ALIGNMENT,
     FLOOR,
     NO_SLOT,
     NUM_COUNTERS,
     NUM_STATS,
+    RUNTIME_SIZES,
     add_weighted,
     exp,
     finish,
@@ -26,11 +28,20 @@ from hmt_kernels.memory_recall.triton_blocks import (
 
 
 @triton.jit
-def load_row(ptr, D0: tl.constexpr, D1: tl.constexpr, D: tl.constexpr):
-    """One row as float32, [1, D0] and [1, D1]."""
-    row = tl.arange(0, 1)
-    first, second = load_tile(ptr, row, row < 1, 0, D0, D), load_tile(ptr, row, row < 1, D0, D1, D)
-    return first.to(tl.float32), second.to(tl.float32)
+def load_row(ptr, ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D: tl.constexpr):
+    """One row as float32, [1, D0] and [1, D1].
+
+    Loaded as the only row of a tile, it is spread over the threads as the tiles of memory are: otherwise the compiler
+    may spread those as suits the row, in short pieces.
+    """
+    offsets, first_row = tl.zeros([ROWS], tl.int32), tl.arange(0, ROWS) == 0
+    tile0, tile1 = load_tile(ptr, offsets, first_row, 0, D0, D), load_tile(ptr, offsets, first_row, D0, D1, D)
+    return only_row(tile0), only_row(tile1)
+
+
+@triton.jit
+def only_row(tile):
+    return tl.sum(tile.to(tl.float32), axis=0, keep_dims=True)
 
 
 @triton.jit
@@ -54,10 +65,7 @@ def outer_sum(p, do, ds, u):
     return p[:, None] * do + ds[:, None] * u
 
 
-@triton.jit(
-    do_not_specialize=["new_slot", "num_slots", "splits", "last_row"],
-    do_not_specialize_on_alignment=["num_valid_ptr", "new_slot_ptr"],
-)
+@triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def memory_recall_vector_fwd_kernel(
     query_ptr, memory_ptr, num_valid_ptr, new_ptr, new_slot_ptr, recalled_ptr, lse_ptr, slot_ptr,
     partial_ptr, stats_ptr, counter_ptr, new_slot: tl.int32, num_slots: tl.int32, splits: tl.int32, softmax_scale,
@@ -68,7 +76,7 @@ def memory_recall_vector_fwd_kernel(
 ):  # fmt: skip
     b, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
     memory_ptr += tl.multiple_of(b * stride_mb, ALIGN)
-    u0, u1 = load_row(query_ptr + tl.multiple_of(b * stride_qb, 8), D0, D1, D)
+    u0, u1 = load_row(query_ptr + tl.multiple_of(b * stride_qb, 8), BLOCK_N, D0, D1, D)
     num_live = live_slots(num_valid_ptr, b, num_slots)
     start, end = slot_range(split, splits, num_live, BLOCK_N)
 
@@ -83,7 +91,7 @@ def memory_recall_vector_fwd_kernel(
         # The first split writes the new memory to its slot and recalls it from registers; nobody reads that slot.
         skipped = new_slot if new_slot_ptr is None else tl.load(new_slot_ptr + b)
         if split == 0:
-            new0, new1 = load_row(new_ptr + tl.multiple_of(b * stride_nb, 8), D0, D1, D)
+            new0, new1 = load_row(new_ptr + tl.multiple_of(b * stride_nb, 8), BLOCK_N, D0, D1, D)
             new_row = skipped + tl.arange(0, 1)  # [1]
             inside = (new_row >= 0) & (new_row < num_slots)
             offset = tl.multiple_of(skipped.to(tl.int64) * stride_mn, ALIGN)
@@ -133,10 +141,7 @@ def memory_recall_vector_fwd_kernel(
             store_row(recalled_ptr + tl.multiple_of(last_row, ALIGN), row < 1, recalled0, recalled1, D0, D1, D)
 
 
-@triton.jit(
-    do_not_specialize=["num_slots", "splits"],
-    do_not_specialize_on_alignment=["num_valid_ptr", "d_lse_ptr"],
-)
+@triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def memory_recall_vector_bwd_kernel(
     query_ptr, memory_ptr, num_valid_ptr, recalled_ptr, lse_ptr, d_recalled_ptr, d_lse_ptr,
     d_query_ptr, d_memory_ptr, partial_ptr, counter_ptr, num_slots: tl.int32, splits: tl.int32, softmax_scale,
@@ -147,9 +152,9 @@ def memory_recall_vector_bwd_kernel(
     b, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
     memory_ptr += tl.multiple_of(b * stride_mb, ALIGN)
     d_memory_ptr += b * num_slots * D
-    u0, u1 = load_row(query_ptr + tl.multiple_of(b * stride_qb, 8), D0, D1, D)
-    do0, do1 = load_row(d_recalled_ptr + tl.multiple_of(b * stride_dob, 8), D0, D1, D)
-    o0, o1 = load_row(recalled_ptr + b * D, D0, D1, D)
+    u0, u1 = load_row(query_ptr + tl.multiple_of(b * stride_qb, 8), BLOCK_N, D0, D1, D)
+    do0, do1 = load_row(d_recalled_ptr + tl.multiple_of(b * stride_dob, 8), BLOCK_N, D0, D1, D)
+    o0, o1 = load_row(recalled_ptr + b * D, BLOCK_N, D0, D1, D)
     delta = dot_rows(o0, o1, do0, do1)  # [1]
     if d_lse_ptr is not None:
         delta -= tl.load(d_lse_ptr + b)
