@@ -1,0 +1,39 @@
+"""Two threads for every benchmark, and one CSV and one table of what a run has measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from benchmarks import THREADS, results
+
+TABLES = pytest.StashKey[dict[str, list[dict[str, object]]]]()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def rows(request: pytest.FixtureRequest) -> Iterator[list[dict[str, object]]]:
+    """Measured rows of one file of benchmarks; they go to results/<its name>_<device>.csv, also after a failure."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = f"{request.path.stem.removeprefix('test_')}_{device}"
+    measured: list[dict[str, object]] = []
+    yield measured
+    if measured:
+        results.write(name, measured)
+        request.config.stash.setdefault(TABLES, {})[name] = measured
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for name, measured in config.stash.get(TABLES, {}).items():
+        terminalreporter.section(f"benchmarks/results/{name}.csv")
+        for line in results.table(measured):
+            terminalreporter.write_line(line)
