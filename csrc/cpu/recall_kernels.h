@@ -26,18 +26,16 @@ typename E::Element* row_of(const Rows& rows, int64_t b, int64_t i) {
 template <class E>
 struct RowBlock {
   Row<E> row[kRows];
-  Row<E> next[kRows];  // the block after this one, to be prefetched
+  int64_t to_next;  // elements to the block after this one, which is prefetched
   int count;
 };
 
 template <class E>
 RowBlock<E> row_block(const Rows& memory, int64_t b, int64_t n, int64_t end) {
   RowBlock<E> rows;
+  rows.to_next = kRows * memory.row_stride;
   rows.count = static_cast<int>(std::min<int64_t>(kRows, end - n));
-  for (int r = 0; r < kRows; ++r) {
-    rows.row[r] = row_of<E>(memory, b, std::min(n + r, end - 1));
-    rows.next[r] = row_of<E>(memory, b, std::min(n + kRows + r, end - 1));
-  }
+  for (int r = 0; r < kRows; ++r) rows.row[r] = row_of<E>(memory, b, std::min(n + r, end - 1));
   return rows;
 }
 
@@ -45,7 +43,7 @@ RowBlock<E> row_block(const Rows& memory, int64_t b, int64_t n, int64_t end) {
 template <class E, int kCount>
 void dot_rows(const Row<E> (&x)[kCount], const RowBlock<E>& rows, int64_t dim, float (&products)[kCount][kRows]) {
   f32 sums[kCount][kRows] = {};
-  for_each_block(dim, [&](int64_t k, auto part) {
+  for_each_block(dim, [&](int64_t k, auto part) HMT_INLINE {
     typename E::Block blocks[kCount];
     for (int i = 0; i < kCount; ++i) blocks[i] = load<E>(x[i] + k, part);
 #pragma GCC unroll 8
@@ -70,12 +68,12 @@ inline void prefetch(Row<E> from) {
 template <class E, int kCount>
 void add_rows(const RowBlock<E>& rows, const float (&weights)[kCount][kRows], int64_t dim, float* partial,
               int64_t stride) {
-  for_each_block(dim, [&](int64_t k, auto part) {
+  for_each_block(dim, [&](int64_t k, auto part) HMT_INLINE {
     Pair sums[kCount];
     for (int i = 0; i < kCount; ++i) sums[i] = load_pair(partial + i * stride + k);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      prefetch<E>(rows.next[r] + k);
+      prefetch<E>(rows.row[r] + rows.to_next + k);
       const Pair x = E::widen(load<E>(rows.row[r] + k, part));
 #pragma GCC unroll 4
       for (int i = 0; i < kCount; ++i) sums[i] = multiply_add(weights[i][r], x, sums[i]);
@@ -138,8 +136,8 @@ void forward(const Recall& p, int64_t b, int64_t begin, int64_t end, float* part
 template <class E>
 float dot(Row<E> x, Row<E> y, int64_t dim) {
   f32 products = {};
-  for_each_block(
-      dim, [&](int64_t k, auto part) { products = E::dot(products, load<E>(x + k, part), load<E>(y + k, part)); });
+  for_each_block(dim, [&](int64_t k, auto part)
+                          HMT_INLINE { products = E::dot(products, load<E>(x + k, part), load<E>(y + k, part)); });
   return sum(products);
 }
 
@@ -156,10 +154,10 @@ template <class E, bool kOne>
 void write_rows(const Recall& p, const Queries<E>& queries, const RowBlock<E>& rows, int first,
                 typename E::Element* const (&d_row)[kRows], float* partial) {
   const int64_t count = kOne ? 1 : p.queries, stride = scratch_stride(p.dim);
-  for_each_block(p.dim, [&](int64_t k, auto part) {
+  for_each_block(p.dim, [&](int64_t k, auto part) HMT_INLINE {
     Pair x[kWriteRows], dx[kWriteRows] = {};
     for (int r = 0; r < kWriteRows; ++r) {
-      prefetch<E>(rows.next[first + r] + k);
+      prefetch<E>(rows.row[first + r] + rows.to_next + k);
       x[r] = E::widen(load<E>(rows.row[first + r] + k, part));
     }
     for (int64_t q = 0; q < count; ++q) {
@@ -213,7 +211,7 @@ void backward(const Recall& p, int64_t b, int64_t begin, int64_t end, float* par
 
 template <class E>
 void combine(const float* partials, int64_t stride, const float* weights, int64_t count, int64_t dim, void* row) {
-  for_each_block(dim, [&](int64_t k, auto part) {
+  for_each_block(dim, [&](int64_t k, auto part) HMT_INLINE {
     Pair sums = {};
     for (int64_t i = 0; i < count; ++i) sums = multiply_add(weights[i], load_pair(partials + i * stride + k), sums);
     store<E>(static_cast<typename E::Element*>(row) + k, sums, part);

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#define HMT_INLINE __attribute__((always_inline))  // for the bodies of loops, which a compiler may find too long
+
 namespace hmt::cpu {
 namespace {
 
@@ -131,18 +133,19 @@ struct Float16 {
   static f32 widen_half(u32 x) {
     const u32 magnitude = (x & 0x7fffu) << 13, sign = (x & 0x8000u) << 16;
     const u32 finite = bits<u32>(bits<f32>(magnitude) * 0x1p112f);
-    return bits<f32>(sign | select(magnitude >= 0x0f800000u, magnitude | 0x7f800000u, finite));
+    return bits<f32>(sign | select(bits<s32>(magnitude) >= 0x0f800000, magnitude | 0x7f800000u, finite));
   }
 
   // To nearest, ties to even.
   static u32 narrow_half(f32 x) {
     const u32 i = bits<u32>(x), magnitude = i & 0x7fffffffu, sign = (i >> 16) & 0x8000u;
+    const s32 order = bits<s32>(magnitude);
     const u32 normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
     // Added to 0.5, a subnormal half's unit is the last bit of the mantissa.
     const u32 subnormal = bits<u32>(bits<f32>(magnitude) + 0.5f) - 0x3f000000u;
-    u32 half = select(magnitude < 0x38800000u, subnormal, normal);
-    half = select(magnitude >= 0x477ff000u, half * 0u + 0x7c00u, half);
-    return sign | select(magnitude > 0x7f800000u, half * 0u + 0x7e00u, half);
+    u32 half = select(order < 0x38800000, subnormal, normal);
+    half = select(order >= 0x477ff000, half * 0u + 0x7c00u, half);
+    return sign | select(order > 0x7f800000, half * 0u + 0x7e00u, half);
   }
 #endif
 };
