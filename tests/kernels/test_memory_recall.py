@@ -12,6 +12,8 @@ from hmt_kernels.memory_recall import reference
 
 IMPLS = [name for name in ("reference", "cpu") if dispatch.missing("memory_recall", name) is None]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+# the kernels take three dtypes; float64 is the reference's alone
+IMPLS_AND_DTYPES = [(i, d) for i in IMPLS for d in DTYPES if i == "reference" or d != torch.float64]
 # B, Q, N, D, num_valid
 CASES = {
     "one-slot": (1, 1, 1, 8, None),
@@ -40,8 +42,7 @@ def oracle_with_gradients(query, memory, num_valid, softmax_scale, d_recalled, d
     return recalled, lse, slot, *grads
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("impl", "dtype"), IMPLS_AND_DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_forward_and_backward_are_accurate(case, dtype, impl):
     *sizes, num_valid = CASES[case]
