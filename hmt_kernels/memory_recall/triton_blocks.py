@@ -23,7 +23,7 @@ NUM_COUNTERS = tl.constexpr(1 + 16)  # of the groups, and of each group's splits
 
 # Arguments that no kernel is compiled for: a queue that grows, or another batch, takes the kernel that is there.
 RUNTIME_SIZES = (
-    "num_queries", "num_slots", "splits", "slices", "first_query", "add_to_d_memory", "new_slot", "last_row",
+    "num_queries", "num_slots", "dim", "splits", "slices", "first_query", "add_to_d_memory", "new_slot", "last_row",
     "stride_qb", "stride_qq", "stride_mb", "stride_mn", "stride_nb", "stride_ob", "stride_dob", "stride_doq",
 )  # fmt: skip
 ANY_ALIGNMENT = ("num_valid_ptr", "new_slot_ptr", "d_lse_ptr")

@@ -46,12 +46,12 @@ VECTOR_TABLE = (
 
 # By direction and element size, for D <= 128 and above. Float32 takes three tensor-core products, so smaller slices.
 MATRIX_TABLE = {
-    ("forward", 2): (Config(32, 4, 3, 64, 128), Config(32, 8, 4, 128, 1024)),
+    ("forward", 2): (Config(32, 4, 3, 64, 128), Config(32, 8, 3, 128, 1024)),
     ("forward", 4): (Config(32, 4, 3, 64, 128), Config(16, 8, 3, 64, 512)),
-    ("backward", 2): (Config(16, 4, 3, 64, 128), Config(32, 8, 2, 128, 640)),
-    ("backward", 4): (Config(32, 4, 3, 32, 128), Config(16, 4, 3, 32, 256)),
+    ("backward", 2): (Config(16, 4, 3, 64, 128), Config(32, 8, 3, 128, 1024)),
+    ("backward", 4): (Config(16, 4, 3, 32, 128), Config(16, 4, 3, 32, 256)),
 }
-VECTOR_SMALLEST, MATRIX_SMALLEST = 8, 64  # column tile: every thread gets 16 bytes of it
+VECTOR_SMALLEST, MATRIX_SMALLEST = 8, 64  # column tiles: narrower ones would not give every thread 16 bytes
 
 SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB per block, by arch
 
@@ -81,9 +81,8 @@ def vector_config(direction: str, memory: torch.Tensor, target: Target) -> Confi
         if row.direction == direction and width <= row.max_width and row.few_blocks in (False, few_blocks):
             break
     block_n = max(1, row.tile // width)
-    tile_size = block_n * dim * element_size
-    # Three stages of float32 have as many bytes in flight as six of two bytes.
-    most_stages = 3 if element_size == 4 else row.num_stages
+    tile_size = block_n * (width + second) * element_size
+    most_stages = row.num_stages - (element_size == 4)  # of tiles twice as large
     return Config(block_n, row.num_warps, min(most_stages, SHARED_MEMORY.get(target.arch, 99) * 1024 // tile_size))
 
 

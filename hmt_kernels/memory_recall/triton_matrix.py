@@ -2,6 +2,7 @@
 
 The scores need all D columns of a tile, [BLOCK_Q, D] accumulators do not fit a block's registers: a block goes over
 all columns for the scores and then over its own slice of them for the values, while the tile is still in the cache.
+`dim` is D again, as the bound of the loops over columns: the compiler would unroll them if it knew how short they are.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def which_block(splits, slices, q_blocks):
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def memory_recall_matrix_fwd_kernel(
     query_ptr, memory_ptr, num_valid_ptr, recalled_ptr, lse_ptr, slot_ptr, partial_ptr, stats_ptr, counter_ptr,
-    num_queries: tl.int32, num_slots: tl.int32, splits: tl.int32, slices: tl.int32, softmax_scale,
+    num_queries: tl.int32, num_slots: tl.int32, dim: tl.int32, splits: tl.int32, slices: tl.int32, softmax_scale,
     stride_qb: tl.int64, stride_qq: tl.int64, stride_mb: tl.int64, stride_mn: tl.int64,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SLICE: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, ALIGN: tl.constexpr, SPLIT: tl.constexpr,
@@ -82,7 +83,7 @@ def memory_recall_matrix_fwd_kernel(
         slots = n + tl.arange(0, BLOCK_N)
         offsets = tl.multiple_of(slots.to(tl.int64) * stride_mn, ALIGN)
         s = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
-        for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+        for d in tl.range(0, dim, BLOCK_D, num_stages=STAGES):
             u = load_tile(query_ptr + d, query_offsets, queries < num_queries, 0, BLOCK_D, D - d)
             tile = load_tile(memory_ptr + d, offsets, slots < end, 0, BLOCK_D, D - d)
             s = matmul(u, tl.trans(tile), s)
@@ -122,8 +123,8 @@ def memory_recall_matrix_fwd_kernel(
 def memory_recall_matrix_bwd_kernel(
     query_ptr, memory_ptr, num_valid_ptr, recalled_ptr, lse_ptr, d_recalled_ptr, d_lse_ptr,
     d_query_ptr, d_memory_ptr, partial_ptr, counter_ptr,
-    first_query: tl.int32, num_queries: tl.int32, num_slots: tl.int32, splits: tl.int32, slices: tl.int32,
-    add_to_d_memory: tl.int32, softmax_scale,
+    first_query: tl.int32, num_queries: tl.int32, num_slots: tl.int32, dim: tl.int32, splits: tl.int32,
+    slices: tl.int32, add_to_d_memory: tl.int32, softmax_scale,
     stride_qb: tl.int64, stride_qq: tl.int64, stride_mb: tl.int64, stride_mn: tl.int64,
     stride_dob: tl.int64, stride_doq: tl.int64,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SLICE: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -141,7 +142,7 @@ def memory_recall_matrix_bwd_kernel(
     rows = b * num_queries + queries
 
     delta = tl.zeros([BLOCK_Q], tl.float32)
-    for d in tl.range(0, D, BLOCK_D):
+    for d in tl.range(0, dim, BLOCK_D):
         o = load_tile(recalled_ptr + d, rows * D, inside, 0, BLOCK_D, D - d).to(tl.float32)
         do = load_tile(d_recalled_ptr + d, d_recalled_offsets, inside, 0, BLOCK_D, D - d).to(tl.float32)
         delta += tl.sum(o * do, axis=1)
@@ -160,7 +161,7 @@ def memory_recall_matrix_bwd_kernel(
         offsets = tl.multiple_of(slots.to(tl.int64) * stride_mn, ALIGN)
         s = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
         dp = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
-        for d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+        for d in tl.range(0, dim, BLOCK_D, num_stages=STAGES):
             u = load_tile(query_ptr + d, query_offsets, inside, 0, BLOCK_D, D - d)
             do = load_tile(d_recalled_ptr + d, d_recalled_offsets, inside, 0, BLOCK_D, D - d)
             tile = load_tile(memory_ptr + d, offsets, live, 0, BLOCK_D, D - d)

@@ -40,7 +40,7 @@ def test_every_size_has_a_config_that_fits(arch, dtype):
             for direction in ("forward", "backward"):
                 config = configs.vector_config(direction, memory, Target(arch, 132))
                 assert config.block_n & (config.block_n - 1) == 0
-                tile_size = config.block_n * dim * dtype.itemsize
+                tile_size = config.block_n * sum(configs.column_tiles(dim, 8)) * dtype.itemsize
                 assert config.num_stages * tile_size <= configs.SHARED_MEMORY[arch] * 1024
                 slices, width = column_slices(dim, configs.matrix_config(direction, memory).max_slice)
                 assert slices * width >= dim and width % 16 == 0
