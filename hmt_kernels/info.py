@@ -7,9 +7,10 @@ import platform
 
 import torch
 
+import hmt_kernels
 from hmt_kernels.dispatch import KNOWN, implementations
 
-PACKAGES = ("hmt-kernels", "torch", "triton", "transformers")
+WIDTH = 14
 
 
 def version(package: str) -> str:
@@ -20,15 +21,14 @@ def version(package: str) -> str:
         return "not installed"
 
 
-def native_module() -> str:
-    """What the native module holds, or why it is not there."""
-    try:
-        from hmt_kernels import _C
-    except ImportError as error:
-        return f"not available: {error} (pip install builds it where a C++ compiler is found)"
-    parts = [f"CPU kernels ({_C.cpu_isa()})" if hasattr(_C, "cpu_isa") else "no CPU kernels"]
-    parts.append("CUDA kernels" if hasattr(_C, "memory_recall_cuda_fwd") else "no CUDA kernels (built without nvcc)")
-    return ", ".join(parts)
+def cuda() -> str:
+    """The versions of CUDA that PyTorch was built for and that the driver offers."""
+    if torch.version.cuda is None:
+        return "none: this PyTorch is built without CUDA"
+    if not torch.cuda.is_available():
+        return f"runtime {torch.version.cuda}, no usable driver or device"
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    return f"runtime {torch.version.cuda}, driver {driver // 1000}.{driver % 1000 // 10}"
 
 
 def devices() -> list[str]:
@@ -41,17 +41,34 @@ def devices() -> list[str]:
     return found
 
 
+def native_module() -> str:
+    """What the native module holds, or why it is not there."""
+    try:
+        from hmt_kernels import _C
+    except ImportError as error:
+        return f"not there: {error} (pip install builds it where it finds a C++ compiler)"
+    try:
+        cpu = f"CPU kernels ({_C.cpu_isa()})"
+    except ValueError as error:  # from HMT_KERNELS_CPU_ISA
+        cpu = f"CPU kernels not usable: {error}"
+    return f"{cpu}, {'CUDA kernels' if hasattr(_C, 'memory_recall_cuda_fwd') else 'built without CUDA kernels'}"
+
+
 def report() -> str:
     """The whole report as text."""
-    lines = [f"{name:14}{version(name)}" for name in PACKAGES]
-    lines += [f"{'python':14}{platform.python_version()} on {platform.system()} {platform.machine()}"]
-    lines += [f"{'CUDA runtime':14}{torch.version.cuda or 'none: torch is a CPU build'}"]
-    lines += [f"{'device':14}{device}" for device in devices()]
-    lines += [f"{'native module':14}{native_module()}"]
+    rows = [
+        ("hmt-kernels", hmt_kernels.__version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        *((name, version(name)) for name in ("torch", "triton", "transformers")),
+        ("CUDA", cuda()),
+        *(("device", device) for device in devices()),
+        ("native module", native_module()),
+    ]
+    lines = [f"{name:{WIDTH}}{value}" for name, value in rows]
     for op_name in KNOWN:
         lines += ["", op_name]
         for name, reason in implementations(op_name).items():
-            lines.append(f"  {name:12}{'usable' if reason is None else f'not usable: {reason}'}")
+            lines.append(f"  {name:{WIDTH - 2}}{'usable' if reason is None else f'not usable: {reason}'}")
     return "\n".join(lines)
 
 
