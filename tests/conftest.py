@@ -13,6 +13,15 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True)
+def single_thread():
+    """The tensors of these tests are tiny: a second thread only waits, and badly so where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
 
