@@ -5,9 +5,17 @@ environment variable HMT_KERNELS_IMPL choose one by name, `explain` says which o
 """
 
 from hmt_kernels.dispatch import explain, use_impl
-from hmt_kernels.memory_recall import RecallOutput, memory_recall
+from hmt_kernels.memory_recall import RecallOutput, memory_recall, memory_recall_step
 from hmt_kernels.segment_attention import segment_attention
 
 __version__ = "0.1.0"
 
-__all__ = ["RecallOutput", "__version__", "explain", "memory_recall", "segment_attention", "use_impl"]
+__all__ = [
+    "RecallOutput",
+    "__version__",
+    "explain",
+    "memory_recall",
+    "memory_recall_step",
+    "segment_attention",
+    "use_impl",
+]

@@ -33,6 +33,41 @@ def check_memory_recall(
     check_softmax_scale(softmax_scale)
 
 
+def check_memory_recall_step(
+    query: torch.Tensor,
+    memory: torch.Tensor,
+    new_memory: torch.Tensor,
+    slot_index: torch.Tensor,
+    num_valid: torch.Tensor | None,
+    softmax_scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Raise TypeError (types, dtypes) or ValueError (shapes, devices, values) unless the operator can take these."""
+    check_memory_recall(query, memory, num_valid, softmax_scale)
+    batch, num_queries, dim = query.shape
+    if num_queries != 1:
+        raise ValueError(f"query must have shape [B, 1, D], got {shape_of(query)}")
+    check_float_tensor("new_memory", new_memory, 2, "[B, D]")
+    check_same("new_memory", new_memory, "query", query)
+    if new_memory.shape != (batch, dim):
+        raise ValueError(f"new_memory must have shape [B, D] = [{batch}, {dim}], got {shape_of(new_memory)}")
+    if slot_index is None:
+        raise TypeError("slot_index must be an int32 tensor [B], got None")
+    check_int32_tensor("slot_index", slot_index, (batch,), "[B]", query.device)
+    check_float_tensor("out", out, 3, "[B, T, D]")
+    check_same("out", out, "query", query)
+    if out.shape[0] != batch or out.shape[1] == 0 or out.shape[2] != dim:
+        raise ValueError(f"out must have shape [B, T, D] = [{batch}, at least 1, {dim}], got {shape_of(out)}")
+    for name, tensor in (("memory", memory), ("out", out)):
+        sizes, strides = tensor.shape, tensor.stride()
+        if strides[2] != 1 or any(strides[i] == 0 for i in (0, 1) if sizes[i] > 1):
+            raise ValueError(f"{name} must have contiguous rows of its own, got strides {list(strides)}")
+    inputs = {"query": query, "memory": memory, "new_memory": new_memory, "out": out}
+    for name, tensor in inputs.items():
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(f"memory_recall_step has no gradients, but {name} requires one: use memory_recall")
+
+
 def check_segment_attention(
     q: torch.Tensor,
     k: torch.Tensor,

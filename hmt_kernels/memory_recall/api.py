@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hmt_kernels.autocast import without_autocast
-from hmt_kernels.checks import check_memory_recall
+from hmt_kernels.checks import check_memory_recall, check_memory_recall_step
 from hmt_kernels.dispatch import Decision, chosen, implementation
 from hmt_kernels.dispatch import decide as decide_implementation
 
@@ -60,6 +60,56 @@ def memory_recall(
     return RecallOutput(*torch.ops.hmt_kernels.memory_recall_fwd(query, memory, num_valid, softmax_scale, name))
 
 
+def memory_recall_step(
+    query: torch.Tensor,
+    memory: torch.Tensor,
+    new_memory: torch.Tensor,
+    slot_index: torch.Tensor,
+    num_valid: torch.Tensor | None = None,
+    *,
+    softmax_scale: float,
+    out: torch.Tensor,
+    impl: str | None = None,
+) -> RecallOutput:
+    """memory[b, slot_index[b]] = new_memory[b], then out[:, 0] = out[:, -1] = memory_recall(query, memory).recalled.
+
+    What one segment of the Hierarchical Memory Transformer (arXiv 2405.06067, section 3) needs between two passes, in
+    one launch: the queue takes the last segment's memory, and the next augmented segment gets its two prompt slots.
+
+    Args:
+        query: [B, 1, D], as in `memory_recall`.
+        memory: [B, N, D], query's dtype; written in place.
+        new_memory: [B, D], query's dtype.
+        slot_index: [B] int32 on query's device; its values are not read on the host. Outside 0 .. N - 1 nothing is
+            written.
+        num_valid: [B] int32, or None for all N; counted after the write.
+        softmax_scale: the factor of the scores, a finite number.
+        out: [B, T, D], query's dtype, T >= 1; only its first and last position are written.
+        impl: as in `memory_recall`.
+
+    Returns:
+        RecallOutput: recalled is the view out[:, :1]; lse and slot as in `memory_recall`. There are no gradients.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device or value; rows of memory or out that overlap or are not contiguous (or, on
+            CUDA, do not start at multiples of 16 bytes); a tensor that requires gradients while they are recorded.
+
+    Example:
+        >>> query, memory, out = torch.randn(2, 1, 64), torch.randn(2, 300, 64), torch.empty(2, 546, 64)
+        >>> slot_index = torch.full((2,), 7, dtype=torch.int32)
+        >>> recalled, lse, slot = memory_recall_step(
+        ...     query, memory, torch.randn(2, 64), slot_index, softmax_scale=0.125, out=out
+        ... )
+    """
+    check_memory_recall_step(query, memory, new_memory, slot_index, num_valid, softmax_scale, out)
+    name = chosen(decide_implementation("memory_recall", impl, (query, memory)))
+    lse, slot = torch.ops.hmt_kernels.memory_recall_step(
+        query, memory, new_memory, slot_index, num_valid, softmax_scale, out, name
+    )
+    return RecallOutput(out[:, :1], lse, slot)
+
+
 def decide(
     query: torch.Tensor,
     memory: torch.Tensor,
@@ -82,6 +132,12 @@ torch.library.define(
     "hmt_kernels::memory_recall_bwd",
     "(Tensor d_recalled, Tensor? d_lse, Tensor query, Tensor memory, Tensor? num_valid, Tensor recalled, Tensor lse,"
     " float softmax_scale, str impl) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "hmt_kernels::memory_recall_step",
+    "(Tensor query, Tensor(a!) memory, Tensor new_memory, Tensor slot_index, Tensor? num_valid, float softmax_scale,"
+    " Tensor(b!) out, str impl) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -113,6 +169,23 @@ def _bwd(
         return backward(d_recalled, d_lse, query, memory, num_valid, recalled, lse, softmax_scale)
 
 
+@torch.library.impl("hmt_kernels::memory_recall_step", "CompositeExplicitAutograd")
+def _step(
+    query: torch.Tensor,
+    memory: torch.Tensor,
+    new_memory: torch.Tensor,
+    slot_index: torch.Tensor,
+    num_valid: torch.Tensor | None,
+    softmax_scale: float,
+    out: torch.Tensor,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    step = implementation("memory_recall", impl).step
+    with without_autocast(query.device):
+        _, lse, slot = step(query, memory, new_memory, slot_index, num_valid, softmax_scale, out)
+    return lse, slot
+
+
 # Every implementation returns what the fakes do: contiguous tensors of these shapes and dtypes.
 @torch.library.register_fake("hmt_kernels::memory_recall_fwd")
 def _fwd_fake(
@@ -140,6 +213,20 @@ def _bwd_fake(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return query.new_empty(query.shape), memory.new_empty(memory.shape)
+
+
+@torch.library.register_fake("hmt_kernels::memory_recall_step")
+def _step_fake(
+    query: torch.Tensor,
+    memory: torch.Tensor,
+    new_memory: torch.Tensor,
+    slot_index: torch.Tensor,
+    num_valid: torch.Tensor | None,
+    softmax_scale: float,
+    out: torch.Tensor,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _fwd_fake(query, memory, num_valid, softmax_scale, impl)[1:]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from hmt_kernels.memory_recall.slots import write_then_recall
+
 try:
     from hmt_kernels import _C
 except ImportError:
@@ -76,6 +78,19 @@ def backward(
         d_memory.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return d_query, d_memory
+
+
+def step(
+    query: torch.Tensor,
+    memory: torch.Tensor,
+    new_memory: torch.Tensor,
+    slot_index: torch.Tensor,
+    num_valid: torch.Tensor | None,
+    softmax_scale: float,
+    out: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """memory[b, slot_index[b]] = new_memory[b], then recall into out[:, 0] and out[:, -1]."""
+    return write_then_recall(forward, query, memory, new_memory, slot_index, num_valid, softmax_scale, out)
 
 
 def _with_contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hmt_kernels.counters import zeroed_counters
+from hmt_kernels.dispatch import compute_capability
 
 try:
     from hmt_kernels import _C
@@ -36,7 +37,7 @@ def unavailable(query: torch.Tensor, memory: torch.Tensor) -> str | None:
     """Why the CUDA kernels cannot run these tensors (None: they can); looks at metadata only."""
     if query.device.type != "cuda":
         return f"it needs CUDA tensors, got {query.device.type}"
-    if torch.cuda.get_device_capability(query.device) < (8, 0):
+    if compute_capability(query.device) < (8, 0):
         return "it needs compute capability 8.0 or higher"
     if query.dtype not in _DTYPES:
         return f"it takes float32, float16 and bfloat16, got {query.dtype}"

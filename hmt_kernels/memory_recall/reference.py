@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from hmt_kernels.memory_recall.slots import write_then_recall
+
 
 def unavailable(query: torch.Tensor, memory: torch.Tensor) -> str | None:
     """Why this implementation cannot run these tensors: it always can."""
@@ -45,6 +47,19 @@ def backward(
     d_query = ds @ m  # [B, Q, D]
     d_memory = p.mT @ do + ds.mT @ u  # [B, N, D], zero in dead slots because p and ds are
     return d_query.to(query.dtype), d_memory.to(memory.dtype)
+
+
+def step(
+    query: torch.Tensor,
+    memory: torch.Tensor,
+    new_memory: torch.Tensor,
+    slot_index: torch.Tensor,
+    num_valid: torch.Tensor | None,
+    softmax_scale: float,
+    out: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """memory[b, slot_index[b]] = new_memory[b], then recall into out[:, 0] and out[:, -1]."""
+    return write_then_recall(forward, query, memory, new_memory, slot_index, num_valid, softmax_scale, out)
 
 
 def _prepare(
