@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hmt.backbone import apply_head, check_backbone, new_cache
+from hmt.backbone import apply_head, check_backbone, embed, new_cache
 from hmt.config import HMTConfig
 from hmt.generation import HMTGenerationMixin
 from hmt.inputs import check_inputs
 from hmt.loss import IGNORE_INDEX, shift_left, summed_cross_entropy
 from hmt.recall import MemoryRecall
-from hmt.recurrence import decode_token, read_segment, summarize
+from hmt.recurrence import augment, decode_token, read_segment, summarize
 from hmt.state import HMTState, empty_state, push_memory
 from hmt.tokens import Tokens, join, split
 
@@ -238,13 +238,25 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
         queries = self._queries(segments, state)
         if segments[0].length == length and state.queue is not None:
             state = replace(state, queue=state.queue.clone())  # the caller's state stays as it was
-        for segment, query in zip(segments, queries, strict=True):
+        pending, fuses = None, self._fuses_steps(state)
+        for number, (segment, query) in enumerate(zip(segments, queries, strict=True), start=1):
             closing = segment.length == length
-            recalled, age = self._recall(query, state)
             sensory = state.recent.last(self.config.num_sensory).ids
+            if pending is None or query is None:
+                recalled, age = self._recall(query, state)
+                embeds, mask = augment(self.backbone, recalled, sensory, segment, closing=closing)
+            else:
+                blank = self.memory.expand(state.batch_size, -1)
+                embeds, mask = augment(self.backbone, blank, sensory, segment, closing=closing)
+                recalled, age = self._step(query, state, pending, embeds if closing else embeds[:, :1])
             cache = new_cache(self.backbone) if use_cache and not closing else None
-            hidden, memory = read_segment(self.backbone, recalled, sensory, segment, closing=closing, cache=cache)
-            state = self._close(state, segment, memory) if closing else _open(state, segment, cache)
+            ends_with_memory = closing and recalled is not None
+            hidden, memory = read_segment(
+                self.backbone, embeds, mask, segment.length, ends_with_memory=ends_with_memory, cache=cache
+            )
+            # the next segment's step writes it into the queue, together with its recall
+            pending = memory if fuses and number < len(segments) else None
+            state = self._close(state, segment, memory, pending is None) if closing else _open(state, segment, cache)
             yield SegmentResult(hidden[:, opened:], state, memory, recalled, age)
             opened = 0
 
@@ -285,8 +297,22 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
         out = self.recall(query, state.valid())
         return out.recalled[:, 0], state.age_of(out.slot[:, 0])
 
-    def _close(self, state: HMTState, segment: Tokens, memory: Tensor | None) -> HMTState:
-        queue = None if memory is None else push_memory(state, memory)
+    def _fuses_steps(self, state: HMTState) -> bool:
+        """Whether a memory's way into the queue and the next recall can be one step, which writes in place."""
+        if torch.is_grad_enabled() or self.config.mode != "hmt" or state.queue is None:
+            return False
+        embeds = embed(self.backbone, state.open.ids[:, :0])
+        return embeds.dtype == state.queue.dtype and embeds.device == state.queue.device
+
+    def _step(self, query: Tensor, state: HMTState, memory: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the latest memory [B, d], then `_recall` into both ends of embeds [B, T, d]."""
+        slot = (state.num_closed - 1) % self.config.queue_size
+        out = self.recall.step(query, state.valid(), memory, slot, embeds)
+        return out.recalled[:, 0], state.age_of(out.slot[:, 0])
+
+    def _close(self, state: HMTState, segment: Tokens, memory: Tensor | None, write: bool) -> HMTState:
+        """The state after a full segment; its memory joins the queue now (`write`) or with the next step."""
+        queue = push_memory(state, memory) if write and memory is not None else state.queue
         keep = self.config.num_sensory
         if self.config.mode == "hmt" and self.config.summary_source == "previous":
             keep = max(keep, self.config.summary_length)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from hmt_kernels import RecallOutput, memory_recall
+from hmt_kernels import RecallOutput, memory_recall, memory_recall_step
 
 
 def absorb(summary: Tensor, wq: Tensor, wk: Tensor) -> Tensor:
@@ -43,3 +44,12 @@ class MemoryRecall(nn.Module):
     def forward(self, query: Tensor, memory: Tensor) -> RecallOutput:
         """Recall for absorbed queries [B, d] from memories [B, N, d] in any slot order."""
         return memory_recall(query[:, None].to(memory.dtype), memory, softmax_scale=self.softmax_scale)
+
+    def step(self, query: Tensor, memory: Tensor, new_memory: Tensor, slot: int, out: Tensor) -> RecallOutput:
+        """Write new_memory [B, d] into a slot of memory [B, N, d], recall, and put the result at both ends of out.
+
+        query [B, d]; memory and the first and last position of out [B, T, d] are changed in place: no gradients.
+        """
+        slot_index = torch.full(memory.shape[:1], slot, dtype=torch.int32, device=memory.device)
+        query, new_memory = query[:, None].to(memory), new_memory.to(memory)
+        return memory_recall_step(query, memory, new_memory, slot_index, softmax_scale=self.softmax_scale, out=out)

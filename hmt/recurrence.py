@@ -54,28 +54,36 @@ def _equal_lengths(texts: Sequence[Tokens], size: int) -> list[list[int]]:
     return groups
 
 
-def read_segment(
-    model: PreTrainedModel,
-    memory: Tensor | None,
-    sensory_ids: Tensor,
-    segment: Tokens,
-    *,
-    closing: bool,
-    cache: Cache | None = None,
+def augment(
+    model: PreTrainedModel, memory: Tensor | None, sensory_ids: Tensor, segment: Tokens, *, closing: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Step 3: hidden states [B, T, d] of the segment's tokens and, when closing, the segment's memory [B, d].
+    """What step 3 reads, [p_n ; E(sensory) ; E(x_n) ; p_n], as embeddings [B, T, d], and its mask [B, T].
 
     memory [B, d] is p_n (None: no memory slots); sensory_ids [B, k] may be empty. The trailing memory slot changes no
-    earlier position, so it is only read when `closing`. A `cache` keeps the keys and values for decoding.
+    earlier position, so it is only there when `closing`.
     """
     embeds = embed(model, torch.cat([sensory_ids, segment.ids], dim=1))
     mask = None if segment.mask is None else nn.functional.pad(segment.mask, (sensory_ids.shape[1], 0), value=True)
     slots = [] if memory is None else [memory[:, None].to(embeds.dtype)]
-    embeds, mask = surround(slots, embeds, slots if closing else [], mask)
+    return surround(slots, embeds, slots if closing else [], mask)
+
+
+def read_segment(
+    model: PreTrainedModel,
+    embeds: Tensor,
+    mask: Tensor | None,
+    length: int,
+    *,
+    ends_with_memory: bool,
+    cache: Cache | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Step 3: hidden states [B, length, d] of the segment's tokens and, from a trailing slot, its memory [B, d].
+
+    embeds and mask come from `augment`. A `cache` keeps the keys and values for decoding.
+    """
     hidden = run_layers(model, embeds, mask, cache).last_hidden_state
-    start = len(slots) + sensory_ids.shape[1]
-    new_memory = hidden[:, -1] if closing and slots else None
-    return hidden[:, start : start + segment.length], new_memory
+    stop = hidden.shape[1] - ends_with_memory
+    return hidden[:, stop - length : stop], hidden[:, -1] if ends_with_memory else None
 
 
 def decode_token(model: PreTrainedModel, token: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:

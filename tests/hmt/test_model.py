@@ -62,6 +62,32 @@ def test_forward_is_the_definition(name: str, mode: str) -> None:
         torch.testing.assert_close(out.state.memories(), memories[:, -kept:], atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("tokens", [16 * 6, 16 * 5 + 7], ids=["closed", "open"])
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+def test_a_step_between_segments_is_the_recurrence_with_gradients(
+    tokens: int, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without gradients every recall but a call's first is fused with the write before it; the results stay."""
+    model, ids = hmt_model("llama", queue_size=3), token_ids(2, tokens)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :5] = 0
+    expected = model(ids, attention_mask=mask, output_trace=True)
+    fused = []
+    step = type(model.recall).step
+    monkeypatch.setattr(type(model.recall), "step", lambda *args: fused.append(args) or step(*args))
+    with torch.no_grad():
+        first = model.read(ids[:, :32], attention_mask=mask[:, :32])
+        kept = first.queue.clone()
+        out = model(ids[:, 32:], attention_mask=mask[:, 32:], state=first, output_trace=True)
+    assert len(fused) == 1 + 3
+    assert torch.equal(first.queue, kept)
+    torch.testing.assert_close(out.logits, expected.logits[:, 32:], atol=1e-5, rtol=1e-5)
+    for name in ("recalled", "age"):
+        torch.testing.assert_close(out.trace[name], expected.trace[name][:, 2:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.state.memories(), expected.state.memories(), atol=1e-5, rtol=1e-5)
+
+
 @every_backbone
 @torch.no_grad()
 def test_a_future_token_changes_no_earlier_logit(name: str) -> None:
