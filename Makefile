@@ -1,4 +1,4 @@
-# make demo | test | check | bench: each sets itself up on a fresh machine; a second call starts at once.
+# make demo | test | check | audit | bench: each sets itself up on a fresh machine; a second call starts at once.
 
 PYTHON ?= python3
 # The CPU build is enough for tests and demo. With a GPU, any torch >= 2.11 works: make test TORCH=torch
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE_SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check audit bench clean
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
@@ -21,6 +21,9 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
+
+audit: $(VENV)/installed
+	$(BIN)/python -m benchmarks.audit
 
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)

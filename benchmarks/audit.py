@@ -35,7 +35,12 @@ from hmt_kernels.memory_recall.triton_configs import SHARED_MEMORY
 from hmt_kernels.triton_launch import Launch
 
 CUDA_SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
-CUDA_ARCHITECTURES = ("80", "90a")
+# as setup.py builds them; sm_100 runs the PTX of compute_90, which the driver compiles like this
+CUDA_ARCHITECTURES = {
+    "80": "arch=compute_80,code=sm_80",
+    "90a": "arch=compute_90a,code=sm_90a",
+    "100": "arch=compute_90,code=sm_100",
+}
 TRITON_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 
@@ -117,17 +122,8 @@ def check_source(nvcc: str, source: Path, arch: str) -> list[Finding]:
     """Compile one CUDA C++ file for an architecture; every kernel in it is a finding."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
-        command = [
-            nvcc,
-            "-cubin",
-            "-O3",
-            "-std=c++17",
-            f"-arch=sm_{arch}",
-            f"-I{source.parents[1]}",
-            source,
-            "-o",
-            cubin,
-        ]
+        options = ["-cubin", "-O3", "-std=c++17", "-gencode", CUDA_ARCHITECTURES[arch], f"-I{source.parents[1]}"]
+        command = [nvcc, *options, source, "-o", cubin]
         subprocess.run(command, check=True, capture_output=True)
         codes = disassemble(cubin.read_bytes())
     number = int(arch.rstrip("a"))

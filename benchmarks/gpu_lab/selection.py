@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hmt_kernels import dispatch, memory_recall
-from hmt_kernels.memory_recall import cuda
+from hmt_kernels import dispatch, memory_recall, memory_recall_step
 
 # B, Q, N, D, num_valid: a split queue, two levels of the tree, several groups of queries
 CASES = [(2, 1, 100, 576, [100, 7]), (1, 1, 420, 72, None), (1, 5, 50, 64, [49])]
@@ -18,9 +17,10 @@ def main() -> None:
         for dtype in (torch.bfloat16, torch.float32):
             for case in CASES if reason is None else []:
                 recall_and_gradients(impl, dtype, *case)
-    if cuda.missing() is None:
-        step(torch.bfloat16)
-    torch.cuda.synchronize()
+        if reason is None:
+            step(impl, torch.bfloat16)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     print("all launches are done")
 
 
@@ -37,11 +37,11 @@ def recall_and_gradients(
             raise RuntimeError(f"{impl} gives a result that is not finite for {[batch, queries, slots, dim]}, {dtype}")
 
 
-def step(dtype: torch.dtype) -> None:
+def step(impl: str, dtype: torch.dtype) -> None:
     query, memory = (torch.randn(2, rows, 576, device="cuda").to(dtype) for rows in (1, 100))
     out = torch.zeros(2, 9, 576, dtype=dtype, device="cuda")
     slot_index = torch.tensor([5, 99], dtype=torch.int32, device="cuda")
-    cuda.step(query, memory, query[:, 0], slot_index, None, 576**-0.5, out)
+    memory_recall_step(query, memory, query[:, 0], slot_index, softmax_scale=576**-0.5, out=out, impl=impl)
 
 
 if __name__ == "__main__":
