@@ -57,7 +57,7 @@ def memory_recall(
         (torch.Size([2, 1, 64]), torch.Size([2, 1]), torch.Size([2, 1]))
     """
     name = chosen(decide(query, memory, num_valid, softmax_scale=softmax_scale, impl=impl))
-    return RecallOutput(*torch.ops.hmt_kernels.memory_recall_fwd(query, memory, num_valid, softmax_scale, name))
+    return RecallOutput(*torch.ops.hmt_kernels.memory_recall_fwd.default(query, memory, num_valid, softmax_scale, name))
 
 
 def memory_recall_step(
@@ -104,7 +104,7 @@ def memory_recall_step(
     """
     check_memory_recall_step(query, memory, new_memory, slot_index, num_valid, softmax_scale, out)
     name = chosen(decide_implementation("memory_recall", impl, (query, memory)))
-    lse, slot = torch.ops.hmt_kernels.memory_recall_step(
+    lse, slot = torch.ops.hmt_kernels.memory_recall_step.default(
         query, memory, new_memory, slot_index, num_valid, softmax_scale, out, name
     )
     return RecallOutput(out[:, :1], lse, slot)
@@ -245,7 +245,7 @@ def _autograd(
         if d_lse is None:
             return None, None, None, None, None
         d_recalled = torch.zeros_like(recalled)
-    d_query, d_memory = torch.ops.hmt_kernels.memory_recall_bwd(
+    d_query, d_memory = torch.ops.hmt_kernels.memory_recall_bwd.default(
         d_recalled, d_lse, query, memory, num_valid, recalled, lse, ctx.softmax_scale, ctx.impl
     )
     return d_query, d_memory, None, None, None

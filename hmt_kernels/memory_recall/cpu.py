@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from hmt_kernels.memory_recall.slots import write_then_recall
-
 try:
     from hmt_kernels import _C
 except ImportError:
@@ -90,7 +88,13 @@ def step(
     out: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """memory[b, slot_index[b]] = new_memory[b], then recall into out[:, 0] and out[:, -1]."""
-    return write_then_recall(forward, query, memory, new_memory, slot_index, num_valid, softmax_scale, out)
+    for queue, new, slot in zip(memory, new_memory, slot_index.tolist(), strict=True):
+        if 0 <= slot < memory.shape[1]:
+            queue[slot] = new
+    recalled, lse, slot = forward(query, memory, num_valid, softmax_scale)
+    out[:, :1] = recalled
+    out[:, -1:] = recalled
+    return out[:, :1], lse, slot
 
 
 def _with_contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from hmt_kernels.memory_recall.slots import write_then_recall
-
 
 def unavailable(query: torch.Tensor, memory: torch.Tensor) -> str | None:
     """Why this implementation cannot run these tensors: it always can."""
@@ -59,7 +57,22 @@ def step(
     out: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """memory[b, slot_index[b]] = new_memory[b], then recall into out[:, 0] and out[:, -1]."""
-    return write_then_recall(forward, query, memory, new_memory, slot_index, num_valid, softmax_scale, out)
+    _write_slot(memory, new_memory, slot_index)
+    recalled, lse, slot = forward(query, memory, num_valid, softmax_scale)
+    out[:, :1] = recalled
+    out[:, -1:] = recalled
+    return out[:, :1], lse, slot
+
+
+def _write_slot(memory: torch.Tensor, new_memory: torch.Tensor, slot_index: torch.Tensor) -> None:
+    """memory[b, slot_index[b]] = new_memory[b]; an index outside the queue writes nothing. No host synchronisation."""
+    num_slots = memory.shape[1]
+    if num_slots == 0:
+        return
+    inside = (slot_index >= 0) & (slot_index < num_slots)
+    index = slot_index.clamp(0, num_slots - 1).long()[:, None, None].expand(-1, 1, memory.shape[2])
+    kept = memory.gather(1, index)
+    memory.scatter_(1, index, torch.where(inside[:, None, None], new_memory[:, None], kept))
 
 
 def _prepare(
