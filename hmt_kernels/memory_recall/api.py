@@ -10,6 +10,9 @@ from hmt_kernels.autocast import without_autocast
 from hmt_kernels.checks import check_memory_recall, check_memory_recall_step
 from hmt_kernels.dispatch import Decision, chosen, implementation
 from hmt_kernels.dispatch import decide as decide_implementation
+from hmt_kernels.eager import is_watched
+
+OPS = torch.ops.hmt_kernels
 
 
 class RecallOutput(NamedTuple):
@@ -57,7 +60,8 @@ def memory_recall(
         (torch.Size([2, 1, 64]), torch.Size([2, 1]), torch.Size([2, 1]))
     """
     name = chosen(decide(query, memory, num_valid, softmax_scale=softmax_scale, impl=impl))
-    return RecallOutput(*torch.ops.hmt_kernels.memory_recall_fwd.default(query, memory, num_valid, softmax_scale, name))
+    forward = OPS.memory_recall_fwd.default if is_watched(query, memory, num_valid) else _fwd
+    return RecallOutput(*forward(query, memory, num_valid, softmax_scale, name))
 
 
 def memory_recall_step(
@@ -104,9 +108,9 @@ def memory_recall_step(
     """
     check_memory_recall_step(query, memory, new_memory, slot_index, num_valid, softmax_scale, out)
     name = chosen(decide_implementation("memory_recall", impl, (query, memory)))
-    lse, slot = torch.ops.hmt_kernels.memory_recall_step.default(
-        query, memory, new_memory, slot_index, num_valid, softmax_scale, out, name
-    )
+    arguments = (query, memory, new_memory, slot_index, num_valid, softmax_scale, out, name)
+    step = OPS.memory_recall_step.default if is_watched(*arguments[:5], out) else _step
+    lse, slot = step(*arguments)
     return RecallOutput(out[:, :1], lse, slot)
 
 
@@ -143,7 +147,6 @@ torch.library.define(
 
 
 # One kernel for all devices: the impl string, chosen before, decides what runs.
-@torch.library.impl("hmt_kernels::memory_recall_fwd", "CompositeExplicitAutograd")
 def _fwd(
     query: torch.Tensor, memory: torch.Tensor, num_valid: torch.Tensor | None, softmax_scale: float, impl: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -152,7 +155,6 @@ def _fwd(
         return forward(query, memory, num_valid, softmax_scale)
 
 
-@torch.library.impl("hmt_kernels::memory_recall_bwd", "CompositeExplicitAutograd")
 def _bwd(
     d_recalled: torch.Tensor,
     d_lse: torch.Tensor | None,
@@ -169,7 +171,6 @@ def _bwd(
         return backward(d_recalled, d_lse, query, memory, num_valid, recalled, lse, softmax_scale)
 
 
-@torch.library.impl("hmt_kernels::memory_recall_step", "CompositeExplicitAutograd")
 def _step(
     query: torch.Tensor,
     memory: torch.Tensor,
@@ -184,6 +185,10 @@ def _step(
     with without_autocast(query.device):
         _, lse, slot = step(query, memory, new_memory, slot_index, num_valid, softmax_scale, out)
     return lse, slot
+
+
+for _name, _function in (("fwd", _fwd), ("bwd", _bwd), ("step", _step)):
+    torch.library.impl(f"hmt_kernels::memory_recall_{_name}", "CompositeExplicitAutograd", _function)
 
 
 # Every implementation returns what the fakes do: contiguous tensors of these shapes and dtypes.
@@ -245,7 +250,7 @@ def _autograd(
         if d_lse is None:
             return None, None, None, None, None
         d_recalled = torch.zeros_like(recalled)
-    d_query, d_memory = torch.ops.hmt_kernels.memory_recall_bwd.default(
+    d_query, d_memory = OPS.memory_recall_bwd.default(
         d_recalled, d_lse, query, memory, num_valid, recalled, lse, ctx.softmax_scale, ctx.impl
     )
     return d_query, d_memory, None, None, None

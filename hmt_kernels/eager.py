@@ -1,0 +1,31 @@
+"""Whether a call needs PyTorch's dispatcher, which for a custom operator takes longer than a short kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_watched(*tensors: torch.Tensor | None) -> bool:
+    """Whether gradients, a tracer, a transform, a dispatch mode or a profiler must see the operator itself.
+
+    Raises NotImplementedError for a tensor with a forward-mode tangent, which a custom operator would drop silently.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    given = [tensor for tensor in tensors if tensor is not None]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
+        raise NotImplementedError(
+            "hmt_kernels has no forward-mode derivatives: use reverse mode (backward, torch.func.vjp)"
+        )
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return True
+    return (
+        any(type(tensor) not in _PLAIN for tensor in given)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
