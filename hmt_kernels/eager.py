@@ -1,4 +1,4 @@
-"""Whether a call needs PyTorch's dispatcher, which for a custom operator takes longer than a short kernel."""
+"""What PyTorch must see of a call: its dispatcher takes longer than a short kernel, so other calls go around it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from torch.autograd import forward_ad
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def is_watched(*tensors: torch.Tensor | None) -> bool:
-    """Whether gradients, a tracer, a transform, a dispatch mode or a profiler must see the operator itself.
-
-    Raises NotImplementedError for a tensor with a forward-mode tangent, which a custom operator would drop silently.
-    """
-    if torch.compiler.is_compiling():
-        return True
-    given = [tensor for tensor in tensors if tensor is not None]
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
+def refuse_forward_mode(*tensors: torch.Tensor | None) -> None:
+    """Raise NotImplementedError for a tensor with a forward-mode tangent: a custom operator drops it silently."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError(
             "hmt_kernels has no forward-mode derivatives: use reverse mode (backward, torch.func.vjp)"
         )
+
+
+def is_watched(*tensors: torch.Tensor | None) -> bool:
+    """Whether gradients, a tracer, a transform, a dispatch mode or a profiler must see the operator itself."""
+    if torch.compiler.is_compiling():
+        return True
+    given = [tensor for tensor in tensors if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         return True
     return (

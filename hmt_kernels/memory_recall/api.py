@@ -10,7 +10,7 @@ from hmt_kernels.autocast import without_autocast
 from hmt_kernels.checks import check_memory_recall, check_memory_recall_step
 from hmt_kernels.dispatch import Decision, chosen, implementation
 from hmt_kernels.dispatch import decide as decide_implementation
-from hmt_kernels.eager import is_watched
+from hmt_kernels.eager import is_watched, refuse_forward_mode
 
 OPS = torch.ops.hmt_kernels
 
@@ -52,6 +52,7 @@ def memory_recall(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device or value, or an `impl` that cannot run here, with the reason.
+        NotImplementedError: forward-mode derivatives.
 
     Example:
         >>> query, memory = torch.randn(2, 1, 64), torch.randn(2, 300, 64)
@@ -60,6 +61,7 @@ def memory_recall(
         (torch.Size([2, 1, 64]), torch.Size([2, 1]), torch.Size([2, 1]))
     """
     name = chosen(decide(query, memory, num_valid, softmax_scale=softmax_scale, impl=impl))
+    refuse_forward_mode(query, memory)
     forward = OPS.memory_recall_fwd.default if is_watched(query, memory, num_valid) else _fwd
     return RecallOutput(*forward(query, memory, num_valid, softmax_scale, name))
 
@@ -108,6 +110,7 @@ def memory_recall_step(
     """
     check_memory_recall_step(query, memory, new_memory, slot_index, num_valid, softmax_scale, out)
     name = chosen(decide_implementation("memory_recall", impl, (query, memory)))
+    refuse_forward_mode(query, memory, new_memory)
     arguments = (query, memory, new_memory, slot_index, num_valid, softmax_scale, out, name)
     step = OPS.memory_recall_step.default if is_watched(*arguments[:5], out) else _step
     lse, slot = step(*arguments)

@@ -10,6 +10,7 @@ from hmt_kernels.autocast import without_autocast
 from hmt_kernels.checks import check_segment_attention
 from hmt_kernels.dispatch import Decision, chosen, implementation
 from hmt_kernels.dispatch import decide as decide_implementation
+from hmt_kernels.eager import refuse_forward_mode
 from hmt_kernels.segment_attention import sdpa
 
 _NO_LSE = {"sdpa": "F.scaled_dot_product_attention does not return softmax_lse, and return_lse=True asks for it"}
@@ -56,6 +57,7 @@ def segment_attention(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device or value, or an `impl` that cannot run here, with the reason.
+        NotImplementedError: forward-mode derivatives of the reference.
 
     Example:
         >>> q, k, v = torch.randn(2, 9, 64, 64), torch.randn(2, 3, 100, 64), torch.randn(2, 3, 100, 64)
@@ -72,6 +74,7 @@ def segment_attention(
     if name == "sdpa":
         with without_autocast(q.device):
             return sdpa.attend(q, k, v, cos, sin, pad_span, window_size, softmax_scale)
+    refuse_forward_mode(q, k, v, cos, sin)
     o, softmax_lse = torch.ops.hmt_kernels.segment_attention_fwd(
         q, k, v, cos, sin, pad_span, window_size, softmax_scale, name
     )

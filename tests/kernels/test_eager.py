@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from hmt_kernels import memory_recall
+from hmt_kernels import memory_recall, segment_attention
 from hmt_kernels.eager import is_watched
 
 OP = torch.ops.hmt_kernels.memory_recall_fwd.default
@@ -71,6 +71,9 @@ def test_forward_mode_is_refused(tensors):
             recall(forward_ad.make_dual(query, torch.ones_like(query)), memory)
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(lambda query: recall(query, memory), (query,), (torch.ones_like(query),))
+    q = query[None]
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda q: segment_attention(q, q, q, impl="reference"), (q,), (torch.ones_like(q),))
 
 
 def test_tracers_record_the_operator(tensors):
