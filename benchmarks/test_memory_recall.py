@@ -49,7 +49,7 @@ def test_recall(dim: int, slots: int, dtype: torch.dtype, benchmark: Any, rows: 
     best = min((name for name in providers if name != OURS), key=lambda name: ratios[name])
     benchmark.extra_info["ratio"] = ratios[best]
     for name in providers:
-        rows.append(row(workload, name, turns.seconds[name], ratios[name], goal(name, best, slots, dtype)))
+        rows.append(row(workload, name, microseconds(turns, name), ratios[name], goal(name, best, slots, dtype)))
     add_bandwidth(rows, workload, turns, inputs.memory)
 
 
@@ -80,9 +80,9 @@ def test_step(benchmark: Any, rows: Rows) -> None:
     torch.testing.assert_close(filled[:, [0, -1]], out[:, [0, -1]], atol=4e-2, rtol=4e-2)
     turns = by_turns({OURS: as_graph(ours), "absorbed, mm": as_graph(plain)}, benchmark)
     step_goal = f"<= {GPU_STEP_GOAL:g} us" if DEVICE == "cuda" else ""
-    for name, seconds in turns.seconds.items():
-        measured = row("step D=4096 N=300 bf16", name, seconds, ratio_to_ours(turns, name), "")
-        rows.append({**measured, "goal": step_goal if name == OURS else ""})
+    for name in turns.seconds:
+        of_ours = step_goal if name == OURS else ""
+        rows.append(row("step D=4096 N=300 bf16", name, microseconds(turns, name), ratio_to_ours(turns, name), of_ours))
 
 
 def by_turns(calls: dict[str, Callable[[], object]], benchmark: Any) -> Turns:
@@ -103,21 +103,26 @@ def goal(name: str, best: str, slots: int, dtype: torch.dtype) -> str:
     return f">= {GPU_PEER_GOAL:g}" if name == PEER else ""
 
 
-def row(workload: str, name: str, seconds: list[float], ratio: float, goal: str) -> dict[str, object]:
-    microseconds = [second * 1e6 for second in seconds]
+def row(
+    workload: str, name: str, values: list[float], ratio: float, goal: str, metric: str = "time", unit: str = "us"
+) -> dict[str, object]:
     return {
         "benchmark": "memory recall",
         "workload": workload,
-        "metric": "time",
+        "metric": metric,
         "comparison": "",
         "provider": name,
-        "value": f"{statistics.median(microseconds):.4g}",
-        "min": f"{min(microseconds):.4g}",
-        "max": f"{max(microseconds):.4g}",
-        "unit": "us",
+        "value": f"{statistics.median(values):.4g}",
+        "min": f"{min(values):.4g}",
+        "max": f"{max(values):.4g}",
+        "unit": unit,
         "ratio": f"{ratio:.2f}",
         "goal": goal,
     }
+
+
+def microseconds(turns: Turns, name: str) -> list[float]:
+    return [seconds * 1e6 for seconds in turns.seconds[name]]
 
 
 def add_bandwidth(rows: Rows, workload: str, turns: Turns, memory: torch.Tensor) -> None:
@@ -127,16 +132,9 @@ def add_bandwidth(rows: Rows, workload: str, turns: Turns, memory: torch.Tensor)
     ours = [size / seconds / 1e9 for seconds in turns.seconds[OURS]]
     share = statistics.median(a / b for a, b in zip(ours, copy, strict=True))
     counts = DEVICE == "cuda" and size >= GPU_BANDWIDTH_BYTES and memory.dtype == torch.bfloat16
-    for name, measured, ratio in (("copy", copy, 1.0), (OURS, ours, share)):
-        values = {"value": statistics.median(measured), "min": min(measured), "max": max(measured)}
-        rows.append(
-            {
-                **row(workload, name, [0.0], ratio, f">= {GPU_BANDWIDTH_GOAL:g}" if counts and name == OURS else ""),
-                **{key: f"{value:.4g}" for key, value in values.items()},
-                "metric": "bandwidth",
-                "unit": "GB/s",
-            }
-        )
+    rows.append(row(workload, "copy", copy, 1.0, "", "bandwidth", "GB/s"))
+    goal = f">= {GPU_BANDWIDTH_GOAL:g}" if counts else ""
+    rows.append(row(workload, OURS, ours, share, goal, "bandwidth", "GB/s"))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
