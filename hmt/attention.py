@@ -108,8 +108,20 @@ def hmt_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
+    query, key, value = as_autocast(query, key, value)
     out = segment_attention(query, key, value, pad_span=pad_span, window_size=sliding_window, softmax_scale=scaling)
     return cast(Tensor, out).transpose(1, 2).contiguous(), None
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype that torch.autocast gives SDPA; rotary tables in float32 raise q and k, but not v."""
+    device_type = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return tensors
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def _dense_mask(query: Tensor, key: Tensor, pad_span: Tensor | None, window_size: int | None) -> Tensor:
