@@ -33,6 +33,8 @@ class HMTConfig(PreTrainedConfig):
             checkpoints with d, h >= 4096 at 1/h.
         summary_batch_size: rows of one summary pass; larger is faster until the pass no longer fits caches or memory.
         loss_chunk_size: positions whose logits the loss holds at once.
+        fused_rotary: rotate queries and keys inside the attention kernel (see `hmt.fuse_rotary`). None does it where
+            the backbone allows and a kernel gains by it, True everywhere or not at all (ValueError), False never.
 
     Raises:
         ValueError: for a value outside its range, naming the argument.
@@ -58,6 +60,7 @@ class HMTConfig(PreTrainedConfig):
     recall_softmax_scale: float | None = None
     summary_batch_size: int = 8
     loss_chunk_size: int = 256
+    fused_rotary: bool | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -83,6 +86,8 @@ class HMTConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
         if not isinstance(self.loss_chunk_size, int) or self.loss_chunk_size < 1:
             raise ValueError(f"loss_chunk_size must be an integer >= 1, got {self.loss_chunk_size!r}")
+        if self.fused_rotary is not None and not isinstance(self.fused_rotary, bool):
+            raise ValueError(f"fused_rotary must be True, False or None, got {self.fused_rotary!r}")
         if self.num_sensory > self.segment_length:
             raise ValueError(
                 f"num_sensory must not exceed segment_length ({self.segment_length}), got {self.num_sensory}"

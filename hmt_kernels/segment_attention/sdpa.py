@@ -47,6 +47,10 @@ def attend(
             return _sdpa(q, k, v, None, False, softmax_scale)
         if q_len == k_len:
             return _sdpa(q, k, v, None, True, softmax_scale)
+        # A few rows more cost less than a mask, which skips no upper triangle. Not compiled: one graph for all lengths.
+        if not torch.compiler.is_compiling() and 5 * q_len >= 4 * k_len:
+            missing = k_len - q_len
+            return _sdpa(F.pad(q, (0, 0, missing, 0)), k, v, None, True, softmax_scale)[:, :, missing:]
     visible = _visible(q, k, pad_span, window_size)
     if pad_span is None:  # every row sees at least itself
         return _sdpa(q, k, v, visible, False, softmax_scale)
@@ -77,13 +81,14 @@ def _sdpa(
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first R features of x [B, H, T, D] in x's dtype, the last T rows of the tables being those of x."""
+    """Rotate the first R features of x [B, H, T, D], the last T rows of the tables being those of x."""
     length, rotary_dim = x.shape[2], cos.shape[2]
-    cos = cos.detach()[:, cos.shape[1] - length :].to(x.dtype).unsqueeze(1)  # [1 or B, 1, T, R]
-    sin = sin.detach()[:, sin.shape[1] - length :].to(x.dtype).unsqueeze(1)
+    # no conversion: tables that are more precise than x, as under torch.autocast, rotate in their own precision
+    cos = cos.detach()[:, cos.shape[1] - length :].unsqueeze(1)  # [1 or B, 1, T, R]
+    sin = sin.detach()[:, sin.shape[1] - length :].unsqueeze(1)
     rotated = x[..., :rotary_dim]
     first, second = rotated.chunk(2, dim=-1)
-    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+    rotated = (rotated * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
     return rotated if rotary_dim == x.shape[3] else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)
 
 
