@@ -354,3 +354,18 @@ def test_setting_of_an_hmt(setting: bool | None, calls: list) -> None:
 def test_setting_is_checked(setting: object) -> None:
     with pytest.raises(ValueError, match=f"fused_rotary must be True, False or None, got {setting!r}"):
         hmt.HMTConfig(fused_rotary=setting)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3-partial", "gpt-neox"])
+def test_on_cuda_the_default_fuses(name: str, calls: list) -> None:
+    ours, theirs = plain(name, torch.float32).cuda(), plain(name, torch.float32).cuda()
+    hmt.fuse_rotary(ours)
+    ids = token_ids(2, 37).cuda()
+    losses = [model(ids, labels=ids, use_cache=False).loss for model in (ours, theirs)]
+    assert len(calls) == 2
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-3, rtol=1e-3)
+    for loss in losses:
+        loss.backward()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-2, rtol=1e-2)
