@@ -21,6 +21,7 @@ _KNOWN = (
     "llama.modeling_llama.LlamaDecoderLayer",
     "mistral.modeling_mistral.MistralDecoderLayer",
     "qwen2.modeling_qwen2.Qwen2DecoderLayer",
+    "qwen2_moe.modeling_qwen2_moe.Qwen2MoeDecoderLayer",
     "qwen3.modeling_qwen3.Qwen3DecoderLayer",
     "qwen3_moe.modeling_qwen3_moe.Qwen3MoeDecoderLayer",
 )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hmt.attention import NAME, as_autocast
+from hmt.attention import NAME, as_autocast, read_mask
 from hmt_kernels import segment_attention
 
 # kinds of caches, and arguments with which `hmt_attention` does not call the operator
@@ -79,6 +79,8 @@ _KNOWN = {
     "mistral.modeling_mistral.MistralAttention": Family(_separate, "o_proj", _model_window),
     "mixtral.modeling_mixtral.MixtralAttention": Family(_separate, "o_proj", _model_window),
     "qwen2.modeling_qwen2.Qwen2Attention": Family(_separate, "o_proj", _own_window),
+    # whose window only the mask knows
+    "qwen2_moe.modeling_qwen2_moe.Qwen2MoeAttention": Family(_separate, "o_proj", _no_window),
     "qwen3.modeling_qwen3.Qwen3Attention": Family(_separate, "o_proj", _own_window),
     "qwen3_moe.modeling_qwen3_moe.Qwen3MoeAttention": Family(_separate, "o_proj", _own_window),
     "phi3.modeling_phi3.Phi3Attention": Family(_packed, "o_proj", _model_window),
@@ -231,11 +233,12 @@ def _forward(
     q, k, v = family.project(attention, hidden_states, query_rows)
     q, k, v = as_autocast(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     cos, sin = kwargs["position_embeddings"]
-    mask = kwargs.get("attention_mask")
+    pad_span, window_size, mask = None, family.window_size(attention), kwargs.get("attention_mask")
+    if mask is not None:
+        pad_span, window_size = read_mask(attention, mask, window_size)
     out = segment_attention(
-        q, k, v, cos=cos, sin=sin, pad_span=None if mask is None else mask[:, 0, 0],
-        window_size=family.window_size(attention), softmax_scale=attention.scaling,
-    )  # fmt: skip
+        q, k, v, cos=cos, sin=sin, pad_span=pad_span, window_size=window_size, softmax_scale=attention.scaling
+    )
     return getattr(attention, family.output)(cast(Tensor, out).transpose(1, 2).flatten(2)), None
 
 

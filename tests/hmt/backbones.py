@@ -17,6 +17,7 @@ from transformers import (
     Phi3Config,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -61,6 +62,15 @@ ROTARY_CONFIGS = {
     "mixtral-window": lambda: MixtralConfig(**GROUPED, num_local_experts=4, sliding_window=16),
     "qwen2-window": lambda: Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=16, max_window_layers=1),
     "qwen3-moe": lambda: Qwen3MoeConfig(**GROUPED, **EXPERTS, num_experts=4, head_dim=16),
+    "qwen2-moe-window": lambda: Qwen2MoeConfig(
+        **GROUPED,
+        **EXPERTS,
+        num_experts=4,
+        shared_expert_intermediate_size=32,
+        use_sliding_window=True,
+        sliding_window=16,
+        max_window_layers=1,
+    ),
     "phi3-partial": lambda: Phi3Config(
         **GROUPED,
         sliding_window=16,

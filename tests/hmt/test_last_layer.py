@@ -13,7 +13,7 @@ from hmt import last_layer, rotary
 from hmt.backbone import embed, new_cache, patch_layers, run_layers
 from hmt.model import HMTForCausalLM
 
-SHORTENED = ["llama", "mistral-window", "qwen2", "qwen2-window", "qwen3", "qwen3-moe"]
+SHORTENED = ["llama", "mistral-window", "qwen2", "qwen2-window", "qwen2-moe-window", "qwen3", "qwen3-moe"]
 WHOLE = ["opt-projected", "gpt2", "gemma3", "gpt-neox", "phi3", "granite", "mixtral-window"]
 
 

@@ -18,8 +18,8 @@ import hmt_kernels
 from hmt import rotary
 
 SUPPORTED = [
-    "llama", "llama-yarn", "granite", "mistral-window", "mixtral-window", "qwen2", "qwen2-window", "qwen3", "qwen3-moe",
-    "phi3", "phi3-partial", "gpt-neox", "gpt-neox-serial",
+    "llama", "llama-yarn", "granite", "mistral-window", "mixtral-window", "qwen2", "qwen2-window", "qwen2-moe-window",
+    "qwen3", "qwen3-moe", "phi3", "phi3-partial", "gpt-neox", "gpt-neox-serial",
 ]  # fmt: skip
 
 
