@@ -157,9 +157,9 @@ def is_fused(attention: nn.Module) -> bool:
 def fuse_rotary(model: PreTrainedModel, *, everywhere: bool = False) -> None:
     """Let `segment_attention` apply the rotary embedding of a model with attn_implementation="hmt".
 
-    Changes nothing but the `forward` attribute of each attention layer: `unfuse_rotary` undoes it. Layers like
+    Changes nothing but the `forward` attribute of each attention layer; `unfuse_rotary` undoes it. Layers like
     Llama's, Granite's, Mistral's, Mixtral's, Qwen2's, Qwen3's, Phi-3's, GPT-NeoX's are known. Passes with a key/value
-    cache rotate as before.
+    cache rotate as before. torch.nn.DataParallel does not replicate such a model (DistributedDataParallel does).
 
     Args:
         model: a transformers model, plain, inside an HMT, or with PEFT layers.
