@@ -46,23 +46,6 @@ def run_layers(
     return out
 
 
-def patch_layers(model: PreTrainedModel, fused_rotary: bool | None) -> None:
-    """Follow `HMTConfig.fused_rotary`: both patches of single layers, or neither.
-
-    Raises:
-        ValueError: True for a model that cannot have them, with the reason.
-    """
-    if fused_rotary is False:
-        last_layer.restore(model)
-        rotary.unfuse_rotary(model)
-    elif fused_rotary:
-        rotary.fuse_rotary(model, everywhere=True)
-    elif rotary.why_not(model) is None:
-        rotary.install(model, everywhere=False)
-    if fused_rotary is not False:
-        last_layer.shorten(model)
-
-
 def apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits of hidden states, with the scale or soft cap that the backbone's own forward pass would apply."""
     model = unwrap(model)
@@ -130,3 +113,20 @@ def _check_outputs(model: PreTrainedModel, name: str) -> None:
             f"backbone {name} computes its logits in a way that hmt does not know (not its LM head on the last "
             f"hidden state): please report the architecture"
         )
+
+
+def patch_layers(model: PreTrainedModel, fused_rotary: bool | None) -> None:
+    """Follow `HMTConfig.fused_rotary`: both patches of single layers, or neither.
+
+    Raises:
+        ValueError: True for a model that cannot have them, with the reason.
+    """
+    if fused_rotary is False:
+        last_layer.restore(model)
+        rotary.unfuse_rotary(model)
+    elif fused_rotary:
+        rotary.fuse_rotary(model, everywhere=True)
+    elif rotary.why_not(model) is None:
+        rotary.install(model, everywhere=False)
+    if fused_rotary is not False:
+        last_layer.shorten(model)

@@ -31,10 +31,10 @@ class HMTConfig(PreTrainedConfig):
         recall_dim: width h of the recall projections; None means the embedding width d.
         recall_softmax_scale: scale of the recall scores; None means 1/sqrt(h). HMT-pytorch trained its
             checkpoints with d, h >= 4096 at 1/h.
-        summary_batch_size: rows of one summary pass; larger is faster until the pass no longer fits caches or memory.
-        loss_chunk_size: positions whose logits the loss holds at once.
         fused_rotary: rotate queries and keys inside the attention kernel (see `hmt.fuse_rotary`). None does it where
             the backbone allows and a kernel gains by it, True everywhere or not at all (ValueError), False never.
+        summary_batch_size: rows of one summary pass; larger is faster until the pass no longer fits caches or memory.
+        loss_chunk_size: positions whose logits the loss holds at once.
 
     Raises:
         ValueError: for a value outside its range, naming the argument.
@@ -58,9 +58,9 @@ class HMTConfig(PreTrainedConfig):
     summary_source: str = "current"
     recall_dim: int | None = None
     recall_softmax_scale: float | None = None
+    fused_rotary: bool | None = None
     summary_batch_size: int = 8
     loss_chunk_size: int = 256
-    fused_rotary: bool | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
