@@ -154,5 +154,5 @@ def test_same_hmt(mode: str, pad: bool) -> None:
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-7)
     ending = 0 if mode == "baseline" else 1
-    assert [n for n in rows if n > 1] == [16 + ending] * 3 + [5]
+    assert set(rows) - {1} == {16 + ending, 5}
     assert (1 in rows) == (mode == "hmt")
