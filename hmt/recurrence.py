@@ -38,7 +38,7 @@ def summarize(model: PreTrainedModel, prompt: Tensor, texts: Sequence[Tokens], b
         embeds = embed(model, batch.ids)
         slot = prompt.to(embeds.dtype).expand(len(embeds), -1, -1)
         embeds, mask = surround([slot], embeds, [slot], batch.mask)
-        last = run_layers(model, embeds, mask).last_hidden_state[:, -1]
+        last = run_layers(model, embeds, mask, last_rows=1).last_hidden_state[:, -1]
         for i, summary in zip(group, last.split(rows), strict=True):
             summaries[i] = summary
     return [s for s in summaries if s is not None]
@@ -81,9 +81,8 @@ def read_segment(
 
     embeds and mask come from `augment`. A `cache` keeps the keys and values for decoding.
     """
-    hidden = run_layers(model, embeds, mask, cache).last_hidden_state
-    stop = hidden.shape[1] - ends_with_memory
-    return hidden[:, stop - length : stop], hidden[:, -1] if ends_with_memory else None
+    hidden = run_layers(model, embeds, mask, cache, last_rows=length + ends_with_memory).last_hidden_state
+    return hidden[:, :length], hidden[:, -1] if ends_with_memory else None
 
 
 def decode_token(model: PreTrainedModel, token: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import hmt_kernels
 from hmt_kernels import dispatch, explain, memory_recall, segment_attention, use_impl
 from hmt_kernels.memory_recall import reference
+from hmt_kernels.segment_attention import sdpa
 
 QUERY, MEMORY = torch.ones(1, 1, 16), torch.ones(1, 5, 16)
 Q = K = V = torch.ones(1, 2, 3, 32)
@@ -140,6 +141,28 @@ def test_default_of_attention():
     assert lines[0] == "segment_attention: reference, the default for these cpu tensors"
     assert lines[1].startswith("  not sdpa: ")
     assert "softmax_lse" in lines[1]
+
+
+def test_a_repeated_call_of_attention_obeys_a_later_choice(monkeypatch):
+    """Calls that took SDPA are remembered, but not beyond what they depend on."""
+    attend, taken = sdpa.attend, []
+    monkeypatch.setattr(sdpa, "attend", lambda *args: taken.append(args) or attend(*args))
+
+    def took_sdpa(**arguments):
+        taken.clear()
+        segment_attention(Q, K, V, **arguments)
+        return len(taken) == 1
+
+    assert took_sdpa() and took_sdpa()
+    with use_impl("reference"):
+        assert not took_sdpa()
+    assert not took_sdpa(impl="reference") and not took_sdpa(return_lse=True)
+    monkeypatch.setenv("HMT_KERNELS_IMPL", "reference")
+    assert not took_sdpa()
+    assert took_sdpa(impl="sdpa")
+    monkeypatch.setenv("HMT_KERNELS_IMPL", "nonsense")
+    with pytest.raises(ValueError, match="nonsense"):
+        took_sdpa()
 
 
 @pytest.mark.parametrize("op_name", dispatch.KNOWN)
