@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def refuse_forward_mode(*tensors: torch.Tensor | None) -> None:
@@ -35,6 +35,6 @@ def is_watched(*tensors: torch.Tensor | None) -> bool:
         return True
     gradients = torch.is_grad_enabled()
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or (gradients and tensor.requires_grad)):
+        if tensor is not None and (type(tensor) not in PLAIN or (gradients and tensor.requires_grad)):
             return True
     return False

@@ -139,7 +139,10 @@ def _implementation_of(
 ) -> ModuleType:
     """The module that `decide` picks, remembered by all that decide looks at: it takes as long as a short kernel."""
     counts = None if num_valid is None else (num_valid.shape, num_valid.dtype, num_valid.device)
-    key = (query.shape, query.dtype, query.device, memory.shape, memory.dtype, memory.device, counts, impl, selected())
+    key = (
+        "memory_recall", query.shape, query.dtype, query.device, memory.shape, memory.dtype, memory.device, counts,
+        impl, selected(),
+    )  # fmt: skip
     name = remembered(key) if type(softmax_scale) is float and abs(softmax_scale) < _INFINITY else None
     if name is None:
         name = chosen(decide(query, memory, num_valid, softmax_scale=softmax_scale, impl=impl))
