@@ -64,19 +64,24 @@ inline void prefetch(Row<E> from) {
   for (size_t i = 0; i < kBlock * sizeof *from; i += 64) __builtin_prefetch(bytes + i, 0, 2);
 }
 
-// partial[i] += sum over r of weights[i][r] row[r]
+// What a block of rows weighs for one query, and what all rows before it weigh from now on.
+struct Weights {
+  float rows[kRows];
+  float before;
+};
+
+// partial[i] = weights[i].before partial[i] + sum over r of weights[i].rows[r] row[r]
 template <class E, int kCount>
-void add_rows(const RowBlock<E>& rows, const float (&weights)[kCount][kRows], int64_t dim, float* partial,
-              int64_t stride) {
+void add_rows(const RowBlock<E>& rows, const Weights (&weights)[kCount], int64_t dim, float* partial, int64_t stride) {
   for_each_block(dim, [&](int64_t k, auto part) HMT_INLINE {
     Pair sums[kCount];
-    for (int i = 0; i < kCount; ++i) sums[i] = load_pair(partial + i * stride + k);
+    for (int i = 0; i < kCount; ++i) sums[i] = scale(weights[i].before, load_pair(partial + i * stride + k));
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       prefetch<E>(rows.row[r] + rows.to_next + k);
       const Pair x = E::widen(load<E>(rows.row[r] + k, part));
 #pragma GCC unroll 4
-      for (int i = 0; i < kCount; ++i) sums[i] = multiply_add(weights[i][r], x, sums[i]);
+      for (int i = 0; i < kCount; ++i) sums[i] = multiply_add(weights[i].rows[r], x, sums[i]);
     }
     for (int i = 0; i < kCount; ++i) store_pair(partial + i * stride + k, sums[i]);
   });
@@ -91,27 +96,24 @@ inline void exp_rows(float (&x)[kRows], float base, int count) {
   std::copy_n(rows, kRows, x);
 }
 
-// Turns products into weights exp(score - max) under the running maximum, and rescales what an older one weighted.
-inline void add_scores(float (&products)[kRows], int count, int64_t first_slot, float softmax_scale, float* partial,
-                       int64_t stride, Softmax& softmax) {
+// The weights exp(score - max) of rows with these products, under the running maximum.
+inline Weights weigh(const float (&products)[kRows], int count, int64_t first_slot, float softmax_scale,
+                     Softmax& softmax) {
+  Weights weights;
   const float old_max = softmax.max;
-  for (int r = 0; r < count; ++r) {
-    products[r] *= softmax_scale;
-    if (products[r] > softmax.max) {
-      softmax.max = products[r];
+  for (int r = 0; r < kRows; ++r) {
+    weights.rows[r] = products[r] * softmax_scale;
+    if (r < count && weights.rows[r] > softmax.max) {
+      softmax.max = weights.rows[r];
       softmax.slot = first_slot + r;
     }
   }
   const float base = softmax.max == -INFINITY ? 0.0f : softmax.max;  // -inf - -inf would be NaN
-  if (softmax.max != old_max) {
-    const float factor = expf(old_max - base);
-    softmax.sum *= factor;
-    for (int64_t k = 0; factor != 0.0f && k < stride; k += kBlock) {
-      store_pair(partial + k, multiply_add(factor, load_pair(partial + k), Pair()));
-    }
-  }
-  exp_rows(products, base, count);
-  for (int r = 0; r < kRows; ++r) softmax.sum += products[r];
+  weights.before = softmax.max == old_max ? 1.0f : expf(old_max - base);
+  exp_rows(weights.rows, base, count);
+  softmax.sum *= weights.before;
+  for (const float weight : weights.rows) softmax.sum += weight;
+  return weights;
 }
 
 template <class E, int kCount>
@@ -120,11 +122,10 @@ void forward_rows(const Recall& p, const RowBlock<E>& rows, int64_t b, int64_t n
   const int64_t stride = scratch_stride(p.dim);
   Row<E> query[kCount];
   for (int i = 0; i < kCount; ++i) query[i] = row_of<E>(p.query, b, q + i);
-  float weights[kCount][kRows];
-  dot_rows<E>(query, rows, p.dim, weights);
-  for (int i = 0; i < kCount; ++i) {
-    add_scores(weights[i], rows.count, n, p.softmax_scale, partial + (q + i) * stride, stride, softmax[q + i]);
-  }
+  float products[kCount][kRows];
+  dot_rows<E>(query, rows, p.dim, products);
+  Weights weights[kCount];
+  for (int i = 0; i < kCount; ++i) weights[i] = weigh(products[i], rows.count, n, p.softmax_scale, softmax[q + i]);
   add_rows<E>(rows, weights, p.dim, partial + q * stride, stride);
 }
 
@@ -134,20 +135,20 @@ void forward_rows(const Recall& p, const RowBlock<E>& rows, int64_t b, int64_t n
 constexpr int64_t kAheadBytes = 1984;
 
 template <class E>
-void add_and_dot_rows(Row<E> rows, int64_t row_stride, const float (&weights)[kRows], Row<E> x, int64_t dim,
-                      float* partial, float (&products)[kRows]) {
+void add_and_dot_rows(Row<E> rows, int64_t row_stride, const Weights& weights, Row<E> x, int64_t dim, float* partial,
+                      float (&products)[kRows]) {
   constexpr int64_t kAhead = kAheadBytes / (kBlock * sizeof(*rows)) * kBlock;
   const int64_t whole = dim / kBlock * kBlock;
   const Row<E> next = rows + kRows * row_stride;
   f32 sums[kRows] = {};
   const auto step = [&](int64_t k, int64_t ahead, auto part) HMT_INLINE {
     const typename E::Block block = load<E>(x + ahead, part);
-    Pair total = load_pair(partial + k);
+    Pair total = scale(weights.before, load_pair(partial + k));
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       prefetch<E>(next + (r + kRows) * row_stride + ahead);
       sums[r] = E::dot(sums[r], block, load<E>(next + r * row_stride + ahead, part));
-      total = multiply_add(weights[r], E::widen(load<E>(rows + r * row_stride + k, part)), total);
+      total = multiply_add(weights.rows[r], E::widen(load<E>(rows + r * row_stride + k, part)), total);
     }
     store_pair(partial + k, total);
   };
@@ -161,19 +162,16 @@ void add_and_dot_rows(Row<E> rows, int64_t row_stride, const float (&weights)[kR
 
 template <class E>
 void forward_one(const Recall& p, int64_t b, int64_t begin, int64_t end, float* partial, Softmax& softmax) {
-  const int64_t stride = scratch_stride(p.dim);
   const Row<E> query = row_of<E>(p.query, b, 0);
-  float weights[1][kRows];
+  float products[1][kRows];
   for (int64_t n = begin; n < end; n += kRows) {
     const auto rows = row_block<E>(p.memory, b, n, end);
-    if (n == begin || rows.count < kRows) dot_rows<E, 1>({query}, rows, p.dim, weights);
-    add_scores(weights[0], rows.count, n, p.softmax_scale, partial, stride, softmax);
+    if (n == begin || rows.count < kRows) dot_rows<E, 1>({query}, rows, p.dim, products);
+    const Weights weights = weigh(products[0], rows.count, n, p.softmax_scale, softmax);
     if (n + 2 * kRows <= end) {
-      float products[kRows];
-      add_and_dot_rows<E>(rows.row[0], p.memory.row_stride, weights[0], query, p.dim, partial, products);
-      std::copy_n(products, kRows, weights[0]);
+      add_and_dot_rows<E>(rows.row[0], p.memory.row_stride, weights, query, p.dim, partial, products[0]);
     } else {
-      add_rows<E>(rows, weights, p.dim, partial, stride);
+      add_rows<E, 1>(rows, {weights}, p.dim, partial, scratch_stride(p.dim));
     }
   }
 }

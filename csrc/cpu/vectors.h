@@ -92,6 +92,10 @@ inline void store_pair(float* to, Pair x) {
   store_vector(to + kLanes, x.b);
 }
 
+inline Pair scale(float factor, Pair x) {
+  return {factor * x.a, factor * x.b};
+}
+
 inline Pair multiply_add(float factor, Pair x, Pair sum) {
   return {factor * x.a + sum.a, factor * x.b + sum.b};
 }
