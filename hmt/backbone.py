@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -25,12 +27,29 @@ def run_layers(
 ) -> Any:
     """The backbone without its LM head on [B, T, d] embeddings; `.last_hidden_state` is taken after the final norm.
 
-    mask [B, past + T] is true where a key may be seen; None means everywhere. Attention is causal in either case.
+    mask [B, past + T] is true where a key may be seen; None means everywhere; an int32 tensor [B, 1, 1, 2] is a hidden
+    range of keys, for a backbone that `takes_spans`. Attention is causal in any case.
     """
-    if cache is not None:
-        kwargs.update(past_key_values=cache)
     decoder = unwrap(model).base_model
+    if cache is not None:
+        kwargs[_cache_argument(type(decoder))] = cache
     return decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=cache is not None, **kwargs)
+
+
+@functools.cache
+def _cache_argument(decoder: type) -> str:
+    """What the decoder's forward calls its cache: transformers 5.24 renamed it."""
+    parameters = inspect.signature(decoder.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+def takes_spans(model: PreTrainedModel) -> bool:
+    """Whether the layers accept a hidden range of keys in place of a mask, which saves a look at the mask's values.
+
+    Only attention "hmt" understands it, and only where no positions are counted from the mask.
+    """
+    model = unwrap(model)
+    return model.config._attn_implementation == "hmt" and hasattr(model.base_model, "rotary_emb")
 
 
 def apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -46,6 +46,14 @@ class HMTGenerationMixin(GenerationMixin):
             "logits_to_keep": kwargs.get("logits_to_keep", 1),
         }
 
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The state of the last forward pass goes into the next; which caches transformers carries on its own varies."""
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        model_kwargs["state"] = outputs.state
+        return model_kwargs
+
     def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,
