@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
+from hmt.tokens import hidden_run
 from hmt_kernels import segment_attention
 
 NAME = "hmt"
@@ -23,14 +24,8 @@ NAME = "hmt"
 
 def pad_span_of(mask: Tensor) -> Tensor | None:
     """Half-open hidden key range [B, 2] int32 of a boolean mask [B, T], or None when a row hides more than one run."""
-    hidden = ~mask
-    length = mask.shape[1]
-    count = hidden.sum(dim=1)
-    start = torch.where(count > 0, hidden.int().argmax(dim=1), 0)
-    stop = torch.where(count > 0, length - hidden.flip(1).int().argmax(dim=1), 0)
-    if bool((stop - start != count).any()):
-        return None
-    return torch.stack([start, stop], dim=1).to(torch.int32)
+    span, single = hidden_run(mask)
+    return span if bool(single) else None
 
 
 def hmt_mask(

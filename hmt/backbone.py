@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,14 +33,14 @@ def run_layers(
     """
     decoder = unwrap(model).base_model
     if cache is not None:
-        kwargs[_cache_argument(type(decoder))] = cache
+        kwargs[_cache_argument(type(decoder).forward)] = cache
     return decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=cache is not None, **kwargs)
 
 
 @functools.cache
-def _cache_argument(decoder: type) -> str:
-    """What the decoder's forward calls its cache: transformers 5.24 renamed it."""
-    parameters = inspect.signature(decoder.forward).parameters
+def _cache_argument(forward: Callable[..., Any]) -> str:
+    """What a decoder's forward calls its cache: transformers 5.24 renamed it."""
+    parameters = inspect.signature(forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
 
 

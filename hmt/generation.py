@@ -49,7 +49,7 @@ class HMTGenerationMixin(GenerationMixin):
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """The state of the last forward pass goes into the next; which caches transformers carries on its own varies."""
+        """The state of the last pass goes into the next; which caches transformers carries by itself varies."""
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         model_kwargs["state"] = outputs.state
         return model_kwargs

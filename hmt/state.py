@@ -63,6 +63,10 @@ class HMTState:
             raise ValueError("this state has no memories: it comes from a model of mode 'baseline'")
         return self.queue
 
+    def detach(self) -> HMTState:
+        """The same state without its history of gradients, and with no cached keys and values."""
+        return replace(self, queue=None if self.queue is None else self.queue.detach(), cache=None)
+
     def without_cache(self) -> HMTState:
         """The same state with no cached keys and values."""
         return replace(self, cache=None)
@@ -99,10 +103,10 @@ def empty_state(batch_size: int, queue_size: int, width: int, *, dtype: torch.dt
 
 
 def push_memory(state: HMTState, memory: Tensor) -> Tensor:
-    """The queue with memory [B, d] in its next ring slot; written in place unless gradients are recorded."""
+    """The queue with memory [B, d] in its next ring slot; written in place unless gradients may be recorded."""
     queue = state._queue()
     slot = state.num_closed % queue.shape[1]
-    if torch.is_grad_enabled() and (memory.requires_grad or queue.requires_grad):
+    if torch.is_grad_enabled():
         return queue.select_scatter(memory.to(queue.dtype), dim=1, index=slot)
     queue[:, slot] = memory
     return queue
