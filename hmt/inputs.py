@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from hmt.config import HMTConfig
 from hmt.state import HMTState
 
 
@@ -40,3 +42,21 @@ def check_inputs(
     used = [name for name in used if name != "return_dict"]
     if used:
         raise TypeError(f"HMTForCausalLM.forward does not take {', '.join(used)}")
+
+
+def check_state(state: HMTState, config: HMTConfig, device: torch.device) -> None:
+    """Raise a ValueError that says why a state, maybe of another model or from another machine, cannot be continued."""
+    expected = {"hmt": None, "rmt": 1, "baseline": 0}[config.mode]
+    size, width = (0, None) if state.queue is None else state.queue.shape[1:]
+    if size != expected and (expected is not None or not size):
+        raise ValueError(f"state has a queue of {size} memories, which is not how mode {config.mode!r} remembers")
+    if width not in (None, config.hidden_size):
+        raise ValueError(f"state has memories of width {width}, but the model's embeddings have {config.hidden_size}")
+    if state.num_open >= config.segment_length:
+        raise ValueError(
+            f"state has {state.num_open} tokens in its open segment, but the model's segments have "
+            f"{config.segment_length}: continue it with the segment_length that it was made with"
+        )
+    where = state.open.ids.device
+    if where != device:
+        raise ValueError(f"state is on {where}, but input_ids on {device}: move it with state.to({str(device)!r})")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hmt.backbone import apply_head, check_backbone
 from hmt.config import HMTConfig
 from hmt.generation import HMTGenerationMixin
-from hmt.inputs import check_inputs
+from hmt.inputs import check_inputs, check_state
 from hmt.loss import IGNORE_INDEX, shift_left, summed_cross_entropy
 from hmt.outputs import HMTOutput, trace_of
 from hmt.passes import open_segment, read_segments
@@ -152,7 +152,7 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
             output_trace: also return memories, recalled embeddings and ages of every segment.
 
         Raises:
-            ValueError: shapes that do not fit, or a state of another batch size.
+            ValueError: shapes that do not fit, or a state of another batch size or model.
         """
         check_inputs(input_ids, attention_mask, labels, shift_labels, logits_to_keep, state, kwargs)
         length = input_ids.shape[1]
@@ -161,7 +161,7 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
         if logits_to_keep is None:
             logits_to_keep = 0 if shift_labels is None else None
         first_logit = length if logits_to_keep is None else length - (logits_to_keep or length)
-        state = self.new_state(input_ids.shape[0]) if state is None else state
+        state = self._state(state, input_ids)
 
         total, kept, results, seen = None, [], [], 0
         for result in read_segments(self, Tokens.of(input_ids, attention_mask), state, use_cache):
@@ -188,11 +188,18 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
                 logits = apply_head(self.backbone, torch.cat(kept, dim=1))
         return HMTOutput(loss=loss, logits=logits, state=state, trace=trace_of(results) if output_trace else None)
 
+    def _state(self, state: HMTState | None, input_ids: Tensor) -> HMTState:
+        """The caller's state if it can be continued here, or a new one."""
+        if state is None:
+            return self.new_state(input_ids.shape[0])
+        check_state(state, self.config, input_ids.device)
+        return state
+
     @torch.no_grad()
     def read(self, input_ids: Tensor, state: HMTState | None = None, attention_mask: Tensor | None = None) -> HMTState:
         """Read input_ids [B, T] and return only the new state; tokens past the last full segment wait in it unread."""
         check_inputs(input_ids, attention_mask, state=state)
-        state = self.new_state(input_ids.shape[0]) if state is None else state
+        state = self._state(state, input_ids)
         text = Tokens.of(input_ids, attention_mask)
         length = self.config.segment_length
         full = max(0, (state.num_open + text.length) // length * length - state.num_open)

@@ -151,7 +151,7 @@ def _step_and_read(
     with record_function("hmt.main"):
         embeds, mask = augment(model.backbone, blank, sensory, segment, closing=closing)
     with record_function("hmt.recall"):
-        slot = (state.num_closed - 1) % model.config.queue_size
+        slot = (state.num_closed - 1) % state.queue.shape[1]  # type: ignore[union-attr]
         out = model.recall.step(query, state.valid(), pending, slot, embeds if closing else embeds[:, :1])
         recalled, age = out.recalled[:, 0], state.age_of(out.slot[:, 0])
     with record_function("hmt.main"):

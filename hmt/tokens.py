@@ -34,6 +34,10 @@ class Tokens(NamedTuple):
         """Tokens start to stop, as a view."""
         return Tokens(self.ids[:, start:stop], None if self.mask is None else self.mask[:, start:stop])
 
+    def to(self, device: torch.device | str | None) -> Tokens:
+        """The same tokens on another device."""
+        return Tokens(*(None if x is None else x.to(device) for x in self))  # type: ignore[arg-type]
+
     def last(self, count: int) -> Tokens:
         """The last `count` tokens, or all when there are fewer."""
         return self.slice(max(0, self.length - count), self.length)

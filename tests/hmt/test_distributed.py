@@ -1,4 +1,4 @@
-"""Two processes over gloo give the loss and the gradients of one: accelerate's DDP, and FSDP2, both with rematerialisation."""
+"""Two processes over gloo give the loss and the gradients of one: accelerate's DDP, and FSDP2."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "1",
     }
     command = [sys.executable, str(HERE / "distributed_step.py"), str(folder)]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
