@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 
@@ -65,11 +65,6 @@ def apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
         logits = torch.tanh(logits / cap) * cap
     return logits
-
-
-def new_cache(model: PreTrainedModel) -> Cache:
-    """An empty key/value cache of the kind that the backbone's layers expect."""
-    return DynamicCache(config=unwrap(model).config)
 
 
 def check_backbone(model: PreTrainedModel) -> None:

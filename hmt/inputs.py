@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ def check_inputs(
     labels: Tensor | None = None,
     shift_labels: Tensor | None = None,
     logits_to_keep: int | None = None,
-    state: HMTState | None = None,
+    state: HMTState | Sequence[HMTState] | None = None,
     unknown: dict[str, Any] | None = None,
 ) -> None:
     """Raise a ValueError or TypeError that names the first argument that cannot be used, and what it should be."""
@@ -34,9 +35,17 @@ def check_inputs(
             )
     if logits_to_keep is not None and (not isinstance(logits_to_keep, int) or logits_to_keep < 0):
         raise ValueError(f"logits_to_keep must be an integer >= 0 or None, got {logits_to_keep!r}")
-    if state is not None and not isinstance(state, HMTState):
+    if isinstance(state, (list, tuple)):
+        refused = {"labels": labels, "shift_labels": shift_labels}
+        used = [name for name, value in refused.items() if value is not None]
+        if used or not logits_to_keep:
+            raise ValueError(
+                f"a list of states needs logits_to_keep >= 1 and takes no labels, got logits_to_keep={logits_to_keep} "
+                f"and {', '.join(used) or 'no labels'}"
+            )
+    elif state is not None and not isinstance(state, HMTState):
         raise TypeError(f"state must be an HMTState, got {type(state).__name__}")
-    if state is not None and state.batch_size != input_ids.shape[0]:
+    elif state is not None and state.batch_size != input_ids.shape[0]:
         raise ValueError(f"state has {state.batch_size} rows, but input_ids has {input_ids.shape[0]}")
     used = [name for name, value in (unknown or {}).items() if value is not None and value is not False]
     used = [name for name in used if name != "return_dict"]

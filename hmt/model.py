@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from hmt.outputs import HMTOutput, trace_of
 from hmt.passes import open_segment, read_segments
 from hmt.recall import MemoryRecall
 from hmt.remat import offloaded
+from hmt.serving import forward_rows
 from hmt.state import HMTState, empty_state
 from hmt.tokens import Tokens, join
 
@@ -132,7 +134,7 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        state: HMTState | None = None,
+        state: HMTState | Sequence[HMTState] | None = None,
         use_cache: bool = False,
         logits_to_keep: int | None = None,
         shift_labels: Tensor | None = None,
@@ -144,6 +146,8 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
 
         Args:
             attention_mask: [B, T], 0 for padding.
+            state: of a call before; None for a new text. A list of one-row states, which may stand at different
+                positions, reads each row as on its own (`hmt.serving.step`; the mask may pad on the left).
             labels: [B, T] as in transformers: shifted here, -100 is not counted.
             use_cache: keep keys and values of the open segment in the state, for token by token decoding.
             logits_to_keep: logits of the last so many tokens, 0 for all; None means all, or none with a loss.
@@ -155,6 +159,8 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
             ValueError: shapes that do not fit, or a state of another batch size or model.
         """
         check_inputs(input_ids, attention_mask, labels, shift_labels, logits_to_keep, state, kwargs)
+        if state is not None and not isinstance(state, HMTState):
+            return HMTOutput(**forward_rows(self, input_ids, attention_mask, state, logits_to_keep or 1))
         length = input_ids.shape[1]
         if labels is not None and shift_labels is None:
             shift_labels = shift_left(labels)
@@ -182,7 +188,7 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
         if shift_labels is not None and total is not None:
             counted = shift_labels.ne(IGNORE_INDEX).sum()
             loss = total / (counted if num_items_in_batch is None else num_items_in_batch)
-        logits = None
+        logits: Tensor | None = None
         if kept:
             with record_function("hmt.head"):
                 logits = apply_head(self.backbone, torch.cat(kept, dim=1))

@@ -18,14 +18,14 @@ class HMTOutput(ModelOutput):
     Attributes:
         loss: mean cross entropy over the labelled positions.
         logits: [B, T, vocab], only where asked for.
-        state: what was remembered; pass it to the next call.
+        state: what was remembered; pass it to the next call. A list where a list was passed in.
         trace: with output_trace=True, per segment read: "memory" [B, S, d] (segments read to their end only),
             "recalled" [B, S, d] and "age" [B, S], the number of segments since the strongest memory (0: none yet).
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    state: HMTState | None = None
+    state: HMTState | list[HMTState] | None = None
     trace: dict[str, Tensor] | None = None
 
 

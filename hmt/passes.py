@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from hmt.backbone import embed, new_cache
+from hmt.backbone import embed
+from hmt.kv_cache import new_cache
 from hmt.outputs import SegmentResult
 from hmt.recurrence import augment, decode_token, read_segment, summarize
 from hmt.remat import rematerialized
@@ -19,6 +20,7 @@ from hmt.state import HMTState, push_memory
 from hmt.tokens import Tokens, find_spans, join, split
 
 if TYPE_CHECKING:
+    from hmt.config import HMTConfig
     from hmt.model import HMTForCausalLM
 
 
@@ -45,7 +47,7 @@ def read_segments(
     for number, (segment, query) in enumerate(zip(segments, queries, strict=True), start=1):
         closing, last = segment.length == length, number == len(segments)
         state = _truncate(state, config.bptt_depth)
-        cache = new_cache(model.backbone) if use_cache and not closing else None
+        cache = new_cache(model.backbone, cache_capacity(config)) if use_cache and not closing else None
         if pending is None or query is None:
             run = partial(_read, model, replace(state, queue=None, cache=None), segment, cache)
             # the backward pass begins with the last segment: its activations are needed at once
@@ -56,9 +58,10 @@ def read_segments(
             hidden, memory, recalled, age = _step_and_read(model, state, segment, cache, query, pending)
         # the next segment's step writes it into the queue, together with its recall
         pending = memory if fuses and not last else None
-        state = (
-            _close(model, state, segment, memory, pending is None) if closing else open_segment(state, segment, cache)
-        )
+        if closing:
+            state = close_segment(model, state, segment, memory, write=pending is None)
+        else:
+            state = open_segment(state, segment, cache)
         yield SegmentResult(hidden[:, opened:], state, memory, recalled, age)
         opened = 0
 
@@ -176,7 +179,14 @@ def _truncate(state: HMTState, depth: int | None) -> HMTState:
     return replace(state, queue=state.queue.detach())
 
 
-def _close(model: HMTForCausalLM, state: HMTState, segment: Tokens, memory: Tensor | None, write: bool) -> HMTState:
+def cache_capacity(config: HMTConfig) -> int:
+    """Positions of the longest augmented segment that can still be decoded into."""
+    return config.num_memory + config.num_sensory + config.segment_length
+
+
+def close_segment(
+    model: HMTForCausalLM, state: HMTState, segment: Tokens, memory: Tensor | None, write: bool = True
+) -> HMTState:
     """The state after a full segment; its memory joins the queue now (`write`) or with the next step."""
     queue = push_memory(state, memory) if write and memory is not None else state.queue
     keep = model.config.num_sensory

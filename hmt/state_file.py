@@ -96,7 +96,7 @@ def _digest(name: str, tensor: Tensor) -> str:
     """SHA-256 of a contiguous CPU tensor: its name, dtype, shape and bytes."""
     digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
     if tensor.numel():
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
