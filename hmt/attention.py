@@ -3,7 +3,8 @@
 The mask function never materialises what the operator computes by itself: no mask for plain causal attention
 (sliding windows included), an int32 tensor [B, 1, 1, 2] for one run of padding (`pad_span`), and a boolean mask
 [B, 1, Tq, Tk] for anything else, which SDPA then handles. The span has four dimensions because transformers takes a
-tensor of two for the padding mask itself when generate() prepares masks ahead of the model.
+tensor of two for the padding mask itself when generate() prepares masks ahead of the model. A caller that knows its
+padding passes the span itself, or [B, 1, 1, 0] for none: then nobody looks at the values of masks or positions.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def hmt_attention(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     pad_span = None
     if attention_mask is not None and attention_mask.dtype == torch.int32:
-        pad_span, attention_mask = attention_mask[:, 0, 0], None
+        pad_span, attention_mask = attention_mask[:, 0, 0] if attention_mask.shape[3] else None, None
     if attention_mask is not None or dropout or not causal or "position_bias" in kwargs:
         if attention_mask is None and causal:
             attention_mask = _dense_mask(query, key, pad_span, sliding_window)

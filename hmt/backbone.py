@@ -32,6 +32,8 @@ def run_layers(
     range of keys, for a backbone that `takes_spans`. Attention is causal in any case.
     """
     decoder = unwrap(model).base_model
+    if mask is None and takes_spans(model):
+        mask = torch.empty(len(embeds), 1, 1, 0, dtype=torch.int32, device=embeds.device)
     if cache is not None:
         kwargs[_cache_argument(type(decoder).forward)] = cache
     return decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=cache is not None, **kwargs)
@@ -47,10 +49,11 @@ def _cache_argument(forward: Callable[..., Any]) -> str:
 def takes_spans(model: PreTrainedModel) -> bool:
     """Whether the layers accept a hidden range of keys in place of a mask, which saves a look at the mask's values.
 
-    Only attention "hmt" understands it, and only where no positions are counted from the mask.
+    Only attention "hmt" understands it, where no positions are counted from the mask and no layer has a window.
     """
     model = unwrap(model)
-    return model.config._attn_implementation == "hmt" and hasattr(model.base_model, "rotary_emb")
+    windowed = getattr(model.config, "sliding_window", None) is not None
+    return model.config._attn_implementation == "hmt" and hasattr(model.base_model, "rotary_emb") and not windowed
 
 
 def apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -192,4 +192,4 @@ def close_segment(
     keep = model.config.num_sensory
     if model.config.mode == "hmt" and model.config.summary_source == "previous":
         keep = max(keep, model.config.summary_length)
-    return HMTState(queue, state.num_closed + 1, segment.last(keep), segment.slice(0, 0))
+    return HMTState(queue, state.num_closed + 1, segment.last(keep), Tokens(segment.ids[:, :0]))
