@@ -10,7 +10,7 @@
 namespace hmt::cpu {
 namespace {
 
-constexpr int kRows = 8;                          // of memory, handled together
+constexpr int kRows = kSlotBlock;                 // of memory, handled together
 constexpr int kGroup = 4;                         // queries that share the widening of those rows
 constexpr int kWriteRows = kLanes == 16 ? 4 : 2;  // rows of d_memory that fit into registers
 
@@ -82,6 +82,15 @@ void add_rows(const RowBlock<E>& rows, const float (&weights)[kCount][kRows], in
   });
 }
 
+// x = exp(x - base) in the first `count` rows, zero in the others.
+inline void exp_rows(float (&x)[kRows], float base, int count) {
+  constexpr int kSize = kRows > kLanes ? kRows : kLanes;
+  float rows[kSize];
+  for (int r = 0; r < kSize; ++r) rows[r] = r < kRows && r < count ? x[r] - base : -INFINITY;
+  for (int r = 0; r < kSize; r += kLanes) store_vector(rows + r, exp_of_negative(load_vector<f32>(rows + r)));
+  std::copy_n(rows, kRows, x);
+}
+
 // Turns products into weights exp(score - max) under the running maximum, and rescales what an older one weighted.
 inline void add_scores(float (&products)[kRows], int count, int64_t first_slot, float softmax_scale, float* partial,
                        int64_t stride, Softmax& softmax) {
@@ -101,10 +110,8 @@ inline void add_scores(float (&products)[kRows], int count, int64_t first_slot, 
       store_pair(partial + k, multiply_add(factor, load_pair(partial + k), Pair()));
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    products[r] = r < count ? expf(products[r] - base) : 0.0f;
-    softmax.sum += products[r];
-  }
+  exp_rows(products, base, count);
+  for (int r = 0; r < kRows; ++r) softmax.sum += products[r];
 }
 
 template <class E, int kCount>
@@ -121,16 +128,72 @@ void forward_rows(const Recall& p, const RowBlock<E>& rows, int64_t b, int64_t n
   add_rows<E>(rows, weights, p.dim, partial + q * stride, stride);
 }
 
+// add_rows of kRows rows and dot_rows of the kRows after them, for one query, in one loop: loads of one hide behind the
+// arithmetic of the other. The second runs kAheadBytes further on in its rows, since rows that lie a multiple of 4 KB
+// apart share one set of the L1 cache.
+constexpr int64_t kAheadBytes = 1984;
+
 template <class E>
-void forward(const Recall& p, int64_t b, int64_t begin, int64_t end, float* partial, Softmax* softmax) {
-  std::memset(partial, 0, p.queries * scratch_stride(p.dim) * sizeof *partial);
-  for (int64_t q = 0; q < p.queries; ++q) softmax[q] = {-INFINITY, 0.0f, begin};
+void add_and_dot_rows(Row<E> rows, int64_t row_stride, const float (&weights)[kRows], Row<E> x, int64_t dim,
+                      float* partial, float (&products)[kRows]) {
+  constexpr int64_t kAhead = kAheadBytes / (kBlock * sizeof(*rows)) * kBlock;
+  const int64_t whole = dim / kBlock * kBlock;
+  const Row<E> next = rows + kRows * row_stride;
+  f32 sums[kRows] = {};
+  const auto step = [&](int64_t k, int64_t ahead, auto part) HMT_INLINE {
+    const typename E::Block block = load<E>(x + ahead, part);
+    Pair total = load_pair(partial + k);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      prefetch<E>(next + (r + kRows) * row_stride + ahead);
+      sums[r] = E::dot(sums[r], block, load<E>(next + r * row_stride + ahead, part));
+      total = multiply_add(weights[r], E::widen(load<E>(rows + r * row_stride + k, part)), total);
+    }
+    store_pair(partial + k, total);
+  };
+  for (int64_t k = 0, ahead = kAhead < whole ? kAhead : 0; k < whole; k += kBlock) {
+    step(k, ahead, Whole());
+    ahead = ahead + kBlock < whole ? ahead + kBlock : 0;
+  }
+  if (whole < dim) step(whole, whole, Part{dim - whole});
+  for (int r = 0; r < kRows; ++r) products[r] = sum(sums[r]);
+}
+
+template <class E>
+void forward_one(const Recall& p, int64_t b, int64_t begin, int64_t end, float* partial, Softmax& softmax) {
+  const int64_t stride = scratch_stride(p.dim);
+  const Row<E> query = row_of<E>(p.query, b, 0);
+  float weights[1][kRows];
   for (int64_t n = begin; n < end; n += kRows) {
     const auto rows = row_block<E>(p.memory, b, n, end);
-    int64_t q = 0;
-    for (; q + kGroup <= p.queries; q += kGroup) forward_rows<E, kGroup>(p, rows, b, n, q, partial, softmax);
-    for (; q < p.queries; ++q) forward_rows<E, 1>(p, rows, b, n, q, partial, softmax);
+    if (n == begin || rows.count < kRows) dot_rows<E, 1>({query}, rows, p.dim, weights);
+    add_scores(weights[0], rows.count, n, p.softmax_scale, partial, stride, softmax);
+    if (n + 2 * kRows <= end) {
+      float products[kRows];
+      add_and_dot_rows<E>(rows.row[0], p.memory.row_stride, weights[0], query, p.dim, partial, products);
+      std::copy_n(products, kRows, weights[0]);
+    } else {
+      add_rows<E>(rows, weights, p.dim, partial, stride);
+    }
   }
+}
+
+template <class E>
+void forward(const Recall& p, int64_t b, int64_t begin, int64_t end, float* partial, Softmax* result) {
+  std::memset(partial, 0, p.queries * scratch_stride(p.dim) * sizeof *partial);
+  Softmax softmax[kMaxQueries];  // the results of other chunks stand in the same cache line as these
+  std::fill_n(softmax, p.queries, Softmax{-INFINITY, 0.0f, begin});
+  if (kLanes == 16 && p.queries == 1) {  // with fewer registers the fused loop spills
+    forward_one<E>(p, b, begin, end, partial, softmax[0]);
+  } else {
+    for (int64_t n = begin; n < end; n += kRows) {
+      const auto rows = row_block<E>(p.memory, b, n, end);
+      int64_t q = 0;
+      for (; q + kGroup <= p.queries; q += kGroup) forward_rows<E, kGroup>(p, rows, b, n, q, partial, softmax);
+      for (; q < p.queries; ++q) forward_rows<E, 1>(p, rows, b, n, q, partial, softmax);
+    }
+  }
+  std::copy_n(softmax, p.queries, result);
 }
 
 template <class E>

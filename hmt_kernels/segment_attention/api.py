@@ -6,19 +6,14 @@ from typing import Any
 
 import torch
 
-from hmt_kernels import dispatch
 from hmt_kernels.autocast import without_autocast
 from hmt_kernels.checks import check_segment_attention
-from hmt_kernels.dispatch import Decision, chosen, implementation
+from hmt_kernels.dispatch import Decision, chosen, implementation, remember, remembered, selected
 from hmt_kernels.dispatch import decide as decide_implementation
-from hmt_kernels.eager import refuse_forward_mode
+from hmt_kernels.eager import PLAIN, refuse_forward_mode
 from hmt_kernels.segment_attention import sdpa
 
 _INFINITY = float("inf")
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-_MOST_REMEMBERED = 4096
-# calls on the CPU that passed all checks and took SDPA, by everything that the checks and the choice look at
-_taken_by_sdpa: set[tuple[Any, ...]] = set()
 _NO_LSE = {"sdpa": "F.scaled_dot_product_attention does not return softmax_lse, and return_lse=True asks for it"}
 
 
@@ -70,18 +65,16 @@ def segment_attention(
         >>> segment_attention(q, k, v, window_size=32).shape
         torch.Size([2, 9, 64, 64])
     """
-    key = None
-    if impl is None and not return_lse:
-        key = _key(q, k, v, cos, sin, pad_span, window_size, softmax_scale)
-    if key is not None and key in _taken_by_sdpa:
-        name = "sdpa"
-    else:
-        name = chosen(decide(
+    key = _key(q, k, v, cos, sin, pad_span, window_size, softmax_scale, return_lse, impl)
+    name = None if key is None else remembered(key)
+    if name is None:
+        decision = decide(
             q, k, v, cos=cos, sin=sin, pad_span=pad_span, window_size=window_size, softmax_scale=softmax_scale,
             return_lse=return_lse, impl=impl,
-        ))  # fmt: skip
-        if key is not None and name == "sdpa":
-            _remember(key)
+        )  # fmt: skip
+        name = chosen(decision)
+        if key is not None:
+            remember(key, name)
     if softmax_scale is None:
         softmax_scale = q.shape[3] ** -0.5
     if name == "sdpa":
@@ -103,32 +96,28 @@ def _key(
     pad_span: torch.Tensor | None,
     window_size: int | None,
     softmax_scale: float | None,
+    return_lse: bool,
+    impl: str | None,
 ) -> tuple[Any, ...] | None:
-    """All that `decide` looks at, for tensors on the CPU with values that any call may have; None for the rest.
+    """All that `decide` looks at, where every value is one that any call may have; None for the rest.
 
     The checks and the choice take longer than SDPA on a short segment, and a model repeats the same call in each layer.
     """
-    if torch.compiler.is_compiling() or type(q) not in _PLAIN or not q.is_cpu:
+    if torch.compiler.is_compiling():
         return None
     if window_size is not None and (type(window_size) is not int or window_size < 1):
         return None
     if softmax_scale is not None and (type(softmax_scale) is not float or not abs(softmax_scale) < _INFINITY):
         return None
-    kinds: list[Any] = [window_size, dispatch._selected or dispatch._environment()]
+    kinds: list[Any] = ["segment_attention", window_size, return_lse, impl, selected()]
     for tensor in (q, k, v, cos, sin, pad_span):
         if tensor is None:
             kinds.append(None)
-        elif type(tensor) in _PLAIN:
+        elif type(tensor) in PLAIN:
             kinds += tensor.shape, tensor.dtype, tensor.device
         else:
             return None
     return tuple(kinds)
-
-
-def _remember(key: tuple[Any, ...]) -> None:
-    if len(_taken_by_sdpa) >= _MOST_REMEMBERED:
-        _taken_by_sdpa.clear()
-    _taken_by_sdpa.add(key)
 
 
 def decide(
