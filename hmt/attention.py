@@ -4,7 +4,8 @@ The mask function never materialises what the operator computes by itself: no ma
 tensor for one run of padding (`pad_span`) and for a sliding window, and a boolean mask [B, 1, Tq, Tk], which SDPA then
 handles, for anything else. The int32 tensor is [B, 1 or 2, 1, 0 or 2]: 2 in the second place tells of a window, in the
 last of a span. It has four dimensions because transformers takes a tensor of two for the padding mask itself when
-generate() prepares masks ahead of the model.
+generate() prepares masks ahead of the model. A caller that knows its padding passes the
+int32 tensor itself: then nobody looks at the values of masks or positions.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
+from hmt.tokens import hidden_run
 from hmt_kernels import segment_attention
 
 NAME = "hmt"
@@ -24,14 +26,8 @@ NAME = "hmt"
 
 def pad_span_of(mask: Tensor) -> Tensor | None:
     """Half-open hidden key range [B, 2] int32 of a boolean mask [B, T], or None when a row hides more than one run."""
-    hidden = ~mask
-    length = mask.shape[1]
-    count = hidden.sum(dim=1)
-    start = torch.where(count > 0, hidden.int().argmax(dim=1), 0)
-    stop = torch.where(count > 0, length - hidden.flip(1).int().argmax(dim=1), 0)
-    if bool((stop - start != count).any()):
-        return None
-    return torch.stack([start, stop], dim=1).to(torch.int32)
+    span, single = hidden_run(mask)
+    return span if bool(single) else None
 
 
 def hmt_mask(

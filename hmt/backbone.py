@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from hmt import last_layer, rotary
@@ -32,18 +35,38 @@ def run_layers(
 ) -> Any:
     """The backbone without its LM head on [B, T, d] embeddings; `.last_hidden_state` is taken after the final norm.
 
-    mask [B, past + T] is true where a key may be seen; None means everywhere. Attention is causal in either case. With
+    mask [B, past + T] is true where a key may be seen; None means everywhere; an int32 tensor [B, 1, 1, 2] is a hidden
+    range of keys, for a backbone that `takes_spans`. Attention is causal in any case. With
     last_rows, `.last_hidden_state` holds that many last positions, and the last layer computes no others if it can.
     """
-    if cache is not None:
-        kwargs.update(past_key_values=cache)
     decoder = unwrap(model).base_model
+    if mask is None and takes_spans(model):
+        mask = torch.empty(len(embeds), 1, 1, 0, dtype=torch.int32, device=embeds.device)
+    if cache is not None:
+        kwargs[_cache_argument(type(decoder).forward)] = cache
     if last_rows is not None and last_layer.takes_last_rows(decoder):
         kwargs.update(last_rows=last_rows)
     out = decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=cache is not None, **kwargs)
     if last_rows is not None:
         out.last_hidden_state = out.last_hidden_state[:, -last_rows:]
     return out
+
+
+@functools.cache
+def _cache_argument(forward: Callable[..., Any]) -> str:
+    """What a decoder's forward calls its cache: transformers 5.24 renamed it."""
+    parameters = inspect.signature(forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+def takes_spans(model: PreTrainedModel) -> bool:
+    """Whether the layers accept a hidden range of keys in place of a mask, which saves a look at the mask's values.
+
+    Only attention "hmt" understands it, where no positions are counted from the mask and no layer has a window.
+    """
+    model = unwrap(model)
+    windowed = getattr(model.config, "sliding_window", None) is not None
+    return model.config._attn_implementation == "hmt" and hasattr(model.base_model, "rotary_emb") and not windowed
 
 
 def apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -58,11 +81,6 @@ def apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
         logits = torch.tanh(logits / cap) * cap
     return logits
-
-
-def new_cache(model: PreTrainedModel) -> Cache:
-    """An empty key/value cache of the kind that the backbone's layers expect."""
-    return DynamicCache(config=unwrap(model).config)
 
 
 def check_backbone(model: PreTrainedModel) -> None:

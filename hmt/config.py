@@ -35,6 +35,11 @@ class HMTConfig(PreTrainedConfig):
             the backbone allows and a kernel gains by it, True everywhere or not at all (ValueError), False never.
         summary_batch_size: rows of one summary pass; larger is faster until the pass no longer fits caches or memory.
         loss_chunk_size: positions whose logits the loss holds at once.
+        rematerialize: recompute all segments but a call's last in the backward pass, so that training holds the
+            activations of one segment at any depth; off, all are kept.
+        bptt_depth: segments that gradients flow through: at every bptt_depth-th segment of a text the memories of all
+            earlier ones enter as constants. None means all segments of a call.
+        offload_states: what rematerialisation keeps of a segment waits in CPU memory for the backward pass.
 
     Raises:
         ValueError: for a value outside its range, naming the argument.
@@ -61,6 +66,9 @@ class HMTConfig(PreTrainedConfig):
     fused_rotary: bool | None = None
     summary_batch_size: int = 8
     loss_chunk_size: int = 256
+    rematerialize: bool = True
+    bptt_depth: int | None = None
+    offload_states: bool = False
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -97,8 +105,13 @@ class HMTConfig(PreTrainedConfig):
                 f"summary_fraction must lie in (0, 1] and select at least one of the {self.segment_length} tokens "
                 f"of a segment, got {self.summary_fraction!r}"
             )
-        if self.recall_dim is not None and (not isinstance(self.recall_dim, int) or self.recall_dim < 1):
-            raise ValueError(f"recall_dim must be an integer >= 1 or None, got {self.recall_dim!r}")
+        for name in ("recall_dim", "bptt_depth"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} must be an integer >= 1 or None, got {value!r}")
+        for name in ("rematerialize", "offload_states"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
 
     @property
     def summary_length(self) -> int:

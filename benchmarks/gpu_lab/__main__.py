@@ -17,7 +17,7 @@ RECALL = Path("benchmarks/test_memory_recall.py")
 ATTENTION = Path("benchmarks/test_segment_attention.py")
 TOTAL_SECONDS = 530
 PYTHON = sys.executable
-TESTS = ["tests/kernels", "tests/hmt/test_rotary.py"]
+TESTS = ["tests/kernels", "tests/hmt/test_rotary_in_use.py"]
 
 
 class Part(NamedTuple):
