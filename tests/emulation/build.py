@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -15,7 +16,13 @@ import pybind11
 
 HERE = Path(__file__).parent
 CUDA = HERE.parents[1] / "csrc" / "cuda"
-KERNELS = ("recall_fwd.cu", "recall_bwd.cu")
+# driver: its file, the kernels of the forward pass, those of the backward pass
+DRIVERS = {
+    "recall": ("driver.cpp", ("recall_fwd.cu",), ("recall_bwd.cu",)),
+    "attention": ("driver_attention.cpp", ("attention_rotate.cu", "attention_fwd.cu"), ("attention_bwd.cu",)),
+}
+KERNELS = tuple(name for _, forward, backward in DRIVERS.values() for name in forward + backward)
+BINDINGS = ("bindings_cuda.cpp", "bindings_attention.cpp")
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or "c++"
 
 COMMON = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DHMT_CUDA_EMULATION", f"-I{HERE}"]
@@ -28,24 +35,31 @@ FLAGS = {
 
 
 def build_module(folder: Path) -> ModuleType:
-    """The bindings over the emulated kernels, imported."""
+    """The bindings over the emulated kernels, imported; processes that share the folder build them once."""
     flags = ["-O1", "-fPIC", "-fvisibility=hidden"]
     # pybind11 is slow to compile, and what it compiles to here need not be fast
     binding_flags = ["-O0", *flags[1:], f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     sources = {CUDA / name: flags for name in KERNELS}
-    sources |= {CUDA / "bindings_cuda.cpp": binding_flags, HERE / "module.cpp": binding_flags}
-    library = _build(folder, "hmt_cuda_emulated.so", sources, ["-shared"], CUDA)
+    sources |= {CUDA / name: binding_flags for name in BINDINGS} | {HERE / "module.cpp": binding_flags}
+    library = folder / "hmt_cuda_emulated.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _build(folder, library.name, sources, ["-shared"], CUDA)
     spec = importlib.util.spec_from_file_location("hmt_cuda_emulated", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def build_driver(folder: Path, kind: str, sources: Path = CUDA, forward_only: bool = False) -> Path:
-    """tests/emulation/driver.cpp with the kernels of a folder, a program; `kind` is one of FLAGS."""
+def build_driver(
+    folder: Path, kind: str, sources: Path = CUDA, forward_only: bool = False, operator: str = "recall"
+) -> Path:
+    """The driver of an operator with the kernels of a folder, a program; `kind` is one of FLAGS."""
     flags = FLAGS[kind] + (["-DFORWARD_ONLY"] if forward_only else [])
-    kernels = KERNELS[:1] if forward_only else KERNELS
-    files = {HERE / "driver.cpp": flags} | {sources / name: flags for name in kernels}
+    driver, forward, backward = DRIVERS[operator]
+    files = {HERE / driver: flags} | {sources / name: flags for name in forward + (() if forward_only else backward)}
     return _build(folder, f"driver-{kind}", files, flags, sources)
 
 
