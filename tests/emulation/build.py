@@ -16,12 +16,8 @@ import pybind11
 
 HERE = Path(__file__).parent
 CUDA = HERE.parents[1] / "csrc" / "cuda"
-# driver: its file, the kernels of the forward pass, those of the backward pass
-DRIVERS = {
-    "recall": ("driver.cpp", ("recall_fwd.cu",), ("recall_bwd.cu",)),
-    "attention": ("driver_attention.cpp", ("attention_rotate.cu", "attention_fwd.cu"), ("attention_bwd.cu",)),
-}
-KERNELS = tuple(name for _, forward, backward in DRIVERS.values() for name in forward + backward)
+RECALL_KERNELS = ("recall_fwd.cu", "recall_bwd.cu")
+KERNELS = (*RECALL_KERNELS, "attention_rotate.cu", "attention_fwd.cu", "attention_bwd.cu")
 BINDINGS = ("bindings_cuda.cpp", "bindings_attention.cpp")
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or "c++"
 
@@ -53,13 +49,22 @@ def build_module(folder: Path) -> ModuleType:
     return module
 
 
-def build_driver(
-    folder: Path, kind: str, sources: Path = CUDA, forward_only: bool = False, operator: str = "recall"
+def build_driver(folder: Path, kind: str, sources: Path = CUDA, forward_only: bool = False) -> Path:
+    """tests/emulation/driver.cpp with the recall kernels of a folder, a program; `kind` is one of FLAGS."""
+    kernels = RECALL_KERNELS[:1] if forward_only else RECALL_KERNELS
+    return _build_program(folder, kind, "driver.cpp", sources, kernels, forward_only)
+
+
+def build_attention_driver(folder: Path, kind: str, sources: Path = CUDA, forward_only: bool = False) -> Path:
+    """The same for tests/emulation/driver_attention.cpp, which includes its kernels."""
+    return _build_program(folder, kind, "driver_attention.cpp", sources, (), forward_only)
+
+
+def _build_program(
+    folder: Path, kind: str, driver: str, sources: Path, kernels: tuple[str, ...], forward_only: bool
 ) -> Path:
-    """The driver of an operator with the kernels of a folder, a program; `kind` is one of FLAGS."""
     flags = FLAGS[kind] + (["-DFORWARD_ONLY"] if forward_only else [])
-    driver, forward, backward = DRIVERS[operator]
-    files = {HERE / driver: flags} | {sources / name: flags for name in forward + (() if forward_only else backward)}
+    files = {HERE / driver: flags} | {sources / name: flags for name in kernels}
     return _build(folder, f"driver-{kind}", files, flags, sources)
 
 

@@ -20,7 +20,7 @@ DTYPES = [torch.float16, torch.bfloat16]
 # backward pass with D above 64; the rows of the query heads that share a key head are taken together.
 CASES = {
     "one-key": {"shape": (1, 1, 1, 1, 1, 64)},
-    "one-row-each": {"shape": (3, 1, 1, 17, 17, 96)},
+    "short-batch": {"shape": (3, 1, 1, 17, 17, 96)},
     "almost-a-tile": {"shape": (2, 3, 3, 63, 63, 64), "rotary": (1, 64)},
     "two-tiles": {"shape": (1, 2, 2, 128, 128, 128)},
     "last-tile-short": {"shape": (1, 3, 1, 200, 200, 80), "rotary": (1, 20)},
@@ -123,8 +123,14 @@ def oracle(inputs, dtype):
     return o, lse, *grads
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+# The dtypes in turn, and both where it matters to the emulation's time least or to rounding most.
+BOTH = ("one-key", "almost-a-tile", "decoding-first-key", "hole-decoding", "window-1")
+CASES_AND_DTYPES = [
+    (case, dtype) for i, case in enumerate(CASES) for j, dtype in enumerate(DTYPES) if case in BOTH or (i + j) % 2
+]
+
+
+@pytest.mark.parametrize(("case", "dtype"), CASES_AND_DTYPES, ids=str)
 def test_forward_and_backward_are_accurate(case, dtype, backend):
     settings = dict(CASES[case])
     inputs = make_inputs(settings.pop("shape"), dtype, backend.device, **settings)
@@ -240,12 +246,12 @@ def test_batch_rows_may_lie_more_than_two_gigabytes_apart(backend):
     assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
 
 
-@pytest.mark.parametrize("case", ["three-heads-twice", "hole-decoding"])
+@pytest.mark.parametrize("case", ["short-batch", "hole-decoding"])
 def test_repeats_and_orders_give_the_same_bits(case, backend):
     settings = dict(CASES[case])
     inputs = make_inputs(settings.pop("shape"), torch.float16, backend.device, **settings)
     expected = run(inputs)
-    for seed in range(1, 20 if ON_DEVICE or case == "hole-decoding" else 6):
+    for seed in range(1, 20):
         if backend.device == "cpu":
             backend.module.set_seed(seed)
         assert all(torch.equal(*pair) for pair in zip(run(inputs), expected, strict=True))
