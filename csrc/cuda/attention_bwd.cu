@@ -18,6 +18,7 @@ struct BackwardShared {
   static constexpr int kStayingTile = kBlockRows * kPitch<kDim>, kPassingTile = kPassing<kDim> * kPitch<kDim>;
   static constexpr int kTiles = 2 * kStayingTile + 2 * kStages * kPassingTile;
   static constexpr size_t kBytes = kTiles * sizeof(T) + 2 * kStages * kPassing<kDim> * sizeof(float);
+  static_assert(kBytes <= kMaxSharedBytes, "every card has this much");
   static_assert(kBlockRows * kPitch<kDim> * sizeof(float) <= kBytes, "the results fit");
 
   T* staying = reinterpret_cast<T*>(shared_memory());

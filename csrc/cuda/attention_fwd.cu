@@ -14,6 +14,7 @@ template <typename T, int kDim>
 struct ForwardShared {
   static constexpr int kTile = kForwardKeys * kPitch<kDim>;
   static constexpr size_t kBytes = 2 * kForwardStages * kTile * sizeof(T);
+  static_assert(kBytes <= kMaxSharedBytes, "every card has this much");
   static_assert(kBlockRows == kForwardKeys && 2 * sizeof(T) == sizeof(float), "queries and results fit");
 
   __device__ __forceinline__ T* k(int tile) const {
