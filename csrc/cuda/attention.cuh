@@ -12,11 +12,11 @@ constexpr float kLn2 = 0.69314718f;
 // The rows of the query heads of one key head, of one batch row.
 struct QueryRows {
   Group group;
-  int64_t batch, head;  // of keys
-  int count;            // of rows
-  int first_position;   // of query 0
+  int batch, head;     // of keys
+  int count;           // of rows
+  int first_position;  // of query 0
 
-  __device__ __forceinline__ QueryRows(const AttentionShape& shape, const Group& group, int64_t batch, int64_t head)
+  __device__ __forceinline__ QueryRows(const AttentionShape& shape, const Group& group, int batch, int head)
       : group(group),
         batch(batch),
         head(head),
@@ -31,26 +31,70 @@ struct QueryRows {
   template <typename T>
   __device__ __forceinline__ T* at(const Heads& heads, int row) const {
     const int i = query(row);
-    return static_cast<T*>(heads.data) + batch * heads.batch_stride +
-           (head * group.size + row - i * group.size) * heads.head_stride + i * heads.row_stride;
+    const int q_head = head * group.size + row - i * group.size;
+    return static_cast<T*>(heads.data) + batch * heads.batch_stride + q_head * heads.head_stride + i * heads.row_stride;
   }
   // The index into [B, Hq, Tq].
   __device__ __forceinline__ int64_t index(const AttentionShape& shape, int row) const {
     const int i = query(row);
-    return (batch * shape.q_heads + head * group.size + row - i * group.size) * shape.q_len + i;
+    const int q_head = head * group.size + row - i * group.size;
+    return (batch * shape.q_heads + q_head) * shape.q_len + i;
   }
 };
 
+// The rows of a block that takes kRows of one key head. The last rows see the most keys: they come first.
+template <int kRows>
+struct RowBlock : QueryRows {
+  int first_row, last_row;
+
+  __device__ __forceinline__ RowBlock(const AttentionShape& shape, const Group& group, int block)
+      : QueryRows(shape, group, block / static_cast<int>(shape.kv_heads) % static_cast<int>(shape.batch),
+                  block % static_cast<int>(shape.kv_heads)) {
+    const int units = static_cast<int>(shape.kv_heads * shape.batch);
+    first_row = (static_cast<int>(gridDim.x) / units - 1 - block / units) * kRows;
+    last_row = min(first_row + kRows, count) - 1;
+  }
+
+  __device__ __forceinline__ int rows() const { return last_row - first_row + 1; }
+};
+
+// The keys or the values of one head.
 template <typename T>
-__device__ __forceinline__ T* key_row(const Heads& heads, int64_t batch, int64_t head, int row) {
-  return static_cast<T*>(heads.data) + batch * heads.batch_stride + head * heads.head_stride + row * heads.row_stride;
+struct KeyRows {
+  T* first;
+  int64_t stride;
+
+  __device__ __forceinline__ KeyRows(const Heads& heads, int batch, int head)
+      : first(static_cast<T*>(heads.data) + batch * heads.batch_stride + head * heads.head_stride),
+        stride(heads.row_stride) {}
+
+  __device__ __forceinline__ T* at(int row) const { return first + row * stride; }
+};
+
+// Starts to copy keys (or values) from `row` on into a tile of kRows.
+template <int kRows, int kDim, typename T>
+__device__ __forceinline__ void load_keys(T* tile, const KeyRows<const T>& keys, int row, int end) {
+  constexpr int kStep = kAttentionThreads / kRowThreads<kDim>;
+  const int64_t step = kStep * keys.stride;
+  const T* next = keys.at(row + static_cast<int>(threadIdx.x) / kRowThreads<kDim>);
+  load_tile<kRows, kDim>(tile, end - row, [&](int) {
+    const T* address = next;
+    next += step;  // instead of a product for every row: registers are scarce
+    return address;
+  });
+}
+
+// The same for rows of queries.
+template <int kRows, int kDim, typename T>
+__device__ __forceinline__ void load_queries(T* tile, const QueryRows& rows, const Heads& heads, int row) {
+  load_tile<kRows, kDim>(tile, rows.count - row, [&](int i) { return rows.at<const T>(heads, row + i); });
 }
 
 // Which keys a position sees, in one batch row.
 struct Visibility {
   int window, hole_begin = 0, hole_end = 0;
 
-  __device__ __forceinline__ Visibility(const AttentionMask& mask, int64_t batch, int keys) : window(mask.window) {
+  __device__ __forceinline__ Visibility(const AttentionMask& mask, int batch, int keys) : window(mask.window) {
     if (mask.pad_span == nullptr) return;
     const int begin = max(mask.pad_span[2 * batch], 0), end = min(mask.pad_span[2 * batch + 1], keys);
     if (begin < end) hole_begin = begin, hole_end = end;
@@ -123,7 +167,7 @@ __device__ __forceinline__ void store_features(X* to, int count, bool aligned, c
 // Turns the first `rows` rows of a tile in shared memory in place; direction is 1, or -1 to turn them back.
 // position(row) is the row of the tables.
 template <typename X, typename Position>
-__device__ __forceinline__ void rotate_tile(X* tile, int pitch, int rows, const Rotary& rotary, int64_t batch,
+__device__ __forceinline__ void rotate_tile(X* tile, int pitch, int rows, const Rotary& rotary, int batch,
                                             float direction, Position position) {
   const int half = rotary.half, chunks = (half + 7) / 8;
   const bool aligned = half % 8 == 0;

@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(kAttentionThreads) segment_attention_rotate_ke
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
-  rotate_tile(tile, pitch, rows, p.rotary, batch, 1.0f, [&](int row) { return part.first_position + first + row; });
+  rotate_tile(tile, pitch, rows, p.rotary, static_cast<int>(batch), 1.0f,
+              [&](int row) { return part.first_position + first + row; });
   __syncthreads();
   for (int i = threadIdx.x; i < rows * chunks; i += kAttentionThreads) {
     const int row = i / chunks, column = i % chunks * Vector<T>::kSize;

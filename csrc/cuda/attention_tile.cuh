@@ -1,4 +1,5 @@
-// Tiles of rows in shared memory, and products of them on the tensor cores. A warp owns 16 rows of every product.
+// Tiles of rows in shared memory, and products of them on the tensor cores. A warp owns one or two times 16 rows of
+// every product; a thread has its part of them in fragments.
 #pragma once
 
 #include "block.cuh"
@@ -13,21 +14,34 @@ constexpr int kWarpRows = 16;
 template <int kDim>
 constexpr int kPitch = kDim + 8;
 
-// Starts to copy rows [first, first + kRows) into a tile; rows from `end` on become zero. row_at(row) is its address.
+// Threads that copy one row of a tile, 16 bytes each.
+template <int kDim>
+constexpr int kRowThreads = kDim > 64 ? 16 : 8;
+
+// Starts to copy rows 0 to kRows - 1 of a tile; rows from `count` on become zero. row_at(row) is an address, and is
+// called for rows in order.
 template <int kRows, int kDim, typename T, typename RowAt>
-__device__ __forceinline__ void load_tile(T* tile, int first, int end, RowAt row_at) {
-  constexpr int kChunks = kDim / Vector<T>::kSize;
+__device__ __forceinline__ void load_tile(T* tile, int count, RowAt row_at) {
+  constexpr int kStep = kAttentionThreads / kRowThreads<kDim>;
+  const int thread_row = threadIdx.x / kRowThreads<kDim>;
+  const int column = threadIdx.x % kRowThreads<kDim> * Vector<T>::kSize;
+  if (column >= kDim) return;
+  T* target = tile + thread_row * kPitch<kDim> + column;
 #pragma unroll
-  for (int i = 0; i < kRows * kChunks; i += kAttentionThreads) {
-    const int chunk = i + static_cast<int>(threadIdx.x);
-    if (i + kAttentionThreads > kRows * kChunks && chunk >= kRows * kChunks) break;
-    const int row = chunk / kChunks, column = chunk % kChunks * Vector<T>::kSize;
-    T* target = tile + row * kPitch<kDim> + column;
-    if (first + row < end) {
-      cp_async16(target, row_at(first + row) + column);
+  for (int i = 0; i < kRows; i += kStep) {
+    if (i + thread_row < count) {
+      cp_async16(target + i * kPitch<kDim>, row_at(i + thread_row) + column);
     } else {
-      store_vector(target, Vector<T>{});
+      store_vector(target + i * kPitch<kDim>, Vector<T>{});
     }
+  }
+}
+
+// Changes the sign of a tile that has landed.
+template <int kRows, int kDim, typename T>
+__device__ __forceinline__ void negate_tile(T* tile) {
+  for (int i = threadIdx.x; i < kRows * kPitch<kDim> / 2; i += kAttentionThreads) {
+    reinterpret_cast<uint32_t*>(tile)[i] ^= 0x80008000u;
   }
 }
 
@@ -38,44 +52,58 @@ __device__ __forceinline__ void load_left(uint32_t (&a)[4], const T* tile) {
   ldmatrix(a, tile + lane % 16 * kPitch<kDim> + lane / 16 * 8);
 }
 
-// c [16, kRows] += a [16, kDim] b^T with b [kRows, kDim] in shared memory; left(k, fragment) brings columns k to k
-// + 15.
-template <int kDim, int kRows, typename T, typename Left>
-__device__ __forceinline__ void multiply_by_rows(float (&c)[kRows / 8][4], const T* b, Left left) {
+template <int kTiles, int kColumns>
+using Fragments = float[kTiles][kColumns / 8][4];
+
+// c += a b^T for kTiles times 16 rows of a [.., kDim], and b [kRows, kDim] in shared memory; left(m, k, fragment)
+// brings columns k to k + 15 of the m-th 16 rows.
+template <int kDim, int kRows, int kTiles, typename T, typename Left>
+__device__ __forceinline__ void multiply_by_rows(Fragments<kTiles, kRows>& c, const T* b, Left left) {
   const int lane = threadIdx.x % kWarp;
   const T* lane_row = b + (lane / 16 * 8 + lane % 8) * kPitch<kDim> + lane / 8 % 2 * 8;
 #pragma unroll
   for (int k = 0; k < kDim; k += 16) {
-    uint32_t a[4];
-    left(k, a);
+    uint32_t a[kTiles][4];
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) left(m, k, a[m]);
 #pragma unroll
     for (int n = 0; n < kRows; n += 16) {
       uint32_t right[4];
       ldmatrix(right, lane_row + n * kPitch<kDim> + k);
-      mma<T>(c[n / 8], a, right[0], right[1]);
-      mma<T>(c[n / 8 + 1], a, right[2], right[3]);
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        mma<T>(c[m][n / 8], a[m], right[0], right[1]);
+        mma<T>(c[m][n / 8 + 1], a[m], right[2], right[3]);
+      }
     }
   }
 }
 
-// c [16, kDim] += a [16, kRows] b with b [kRows, kDim] in shared memory and a as a product left it, rounded to T.
-template <int kDim, int kRows, typename T>
-__device__ __forceinline__ void multiply_by_columns(float (&c)[kDim / 8][4], const float (&a)[kRows / 8][4],
+// c += a b for kTiles times 16 rows of a [.., kRows], as a product left it, rounded to T, and b [kRows, kDim] in shared
+// memory.
+template <int kDim, int kRows, int kTiles, typename T>
+__device__ __forceinline__ void multiply_by_columns(Fragments<kTiles, kDim>& c, const Fragments<kTiles, kRows>& a,
                                                     const T* b) {
   const int lane = threadIdx.x % kWarp;
   const T* lane_row = b + lane % 16 * kPitch<kDim> + lane / 16 * 8;
 #pragma unroll
   for (int k = 0; k < kRows; k += 16) {
-    const float (&left)[4] = a[k / 8];
-    const float (&right)[4] = a[k / 8 + 1];
-    const uint32_t packed[4] = {pack<T>(left[0], left[1]), pack<T>(left[2], left[3]), pack<T>(right[0], right[1]),
-                                pack<T>(right[2], right[3])};
+    uint32_t packed[kTiles][4];
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        packed[m][i] = pack<T>(a[m][k / 8 + i / 2][i % 2 * 2], a[m][k / 8 + i / 2][i % 2 * 2 + 1]);
+    }
 #pragma unroll
     for (int n = 0; n < kDim; n += 16) {
       uint32_t columns[4];
       ldmatrix_transposed(columns, lane_row + k * kPitch<kDim> + n);
-      mma<T>(c[n / 8], packed, columns[0], columns[1]);
-      mma<T>(c[n / 8 + 1], packed, columns[2], columns[3]);
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        mma<T>(c[m][n / 8], packed[m], columns[0], columns[1]);
+        mma<T>(c[m][n / 8 + 1], packed[m], columns[2], columns[3]);
+      }
     }
   }
 }
@@ -88,17 +116,22 @@ __device__ __forceinline__ int fragment_column(int j, int e) {
   return j * 8 + threadIdx.x % 4 * 2 + e % 2;
 }
 
-// Puts factor times a product of the whole block into shared memory, [kBlockRows, kPitch<kDim>] in float32; factor has
-// one value for each of the thread's two rows. Call when no thread reads the memory any more.
-template <int kDim>
-__device__ __forceinline__ void stage_product(float* staging, const float (&c)[kDim / 8][4], const float (&factor)[2]) {
-  const int first_row = threadIdx.x / kWarp * kWarpRows;
+// Puts factor times a product of the whole block into shared memory, [rows, kPitch<kDim>] in float32; factor has one
+// value for each of the thread's rows. Call when no thread reads the memory any more.
+template <int kDim, int kTiles>
+__device__ __forceinline__ void stage_product(float* staging, const Fragments<kTiles, kDim>& c,
+                                              const float (&factor)[kTiles][2]) {
+  const int first_row = threadIdx.x / kWarp * kTiles * kWarpRows;
 #pragma unroll
-  for (int j = 0; j < kDim / 8; ++j) {
+  for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-    for (int e = 0; e < 4; e += 2) {
-      float* to = staging + (first_row + fragment_row(e)) * kPitch<kDim> + fragment_column(j, e);
-      *reinterpret_cast<float2*>(to) = {c[j][e] * factor[e / 2], c[j][e + 1] * factor[e / 2]};
+    for (int j = 0; j < kDim / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; e += 2) {
+        const int row = first_row + m * kWarpRows + fragment_row(e);
+        float* to = staging + row * kPitch<kDim> + fragment_column(j, e);
+        *reinterpret_cast<float2*>(to) = {c[m][j][e] * factor[m][e / 2], c[m][j][e + 1] * factor[m][e / 2]};
+      }
     }
   }
 }

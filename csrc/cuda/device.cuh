@@ -96,6 +96,12 @@ __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float first, float secon
   return packed;
 }
 
+// x, but what is computed from it is computed here: not before the loop around it, to be kept in registers.
+__device__ __forceinline__ int not_hoisted(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // 2^x in one instruction, within two units in the last place; 0 for -inf.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

@@ -85,6 +85,10 @@ uint32_t pack(float first, float second) {
   return emulation::narrow(T(), first) | emulation::narrow(T(), second) << 16;
 }
 
+inline int not_hoisted(int x) {
+  return x;
+}
+
 inline float exp2_fast(float x) {
   return std::exp2(x);
 }

@@ -12,7 +12,7 @@ LANDED = "    __syncthreads();  // the tile is there, and nobody reads the one b
 # run, what is said
 FAULTS = {
     "no-barrier": ("attention_fwd.cu", LANDED, "", "thread", "decoding", "data race"),
-    "no-barrier-in-fibers": ("attention_fwd.cu", LANDED, "", "plain", "everything", "o holds NaN"),
+    "no-barrier-in-fibers": ("attention_fwd.cu", LANDED, "", "plain", "everything", "FAILED: case everything"),
     "no-wait": (
         "attention_fwd.cu", "    cp_async_wait<0>();\n" + LANDED, LANDED, "plain", "decoding", "o holds NaN",
     ),
@@ -24,8 +24,8 @@ FAULTS = {
         "was not reached by every thread",
     ),
     "out-of-bounds": (
-        "attention_tile.cuh", "if (first + row < end)", "if (first + row <= end)", "address-undefined", "square",
-        "heap-buffer-overflow",
+        "attention_tile.cuh", "if (i + thread_row < count)", "if (i + thread_row <= count)", "address-undefined",
+        "square", "heap-buffer-overflow",
     ),
     "no-barrier-between-keys": ("attention_bwd.cu", LANDED, "", "thread", "decoding", "data race"),
 }  # fmt: skip
@@ -65,6 +65,6 @@ def test_a_planted_fault_is_noticed(fault, sources, tmp_path):
     faulty = shutil.copytree(sources, tmp_path / "sources")
     replace(faulty / file, taken_out, replacement)
     driver = build.build_attention_driver(tmp_path, kind, faulty, forward_only="bwd" not in file)
-    result = build.run_driver(driver, "10", case)
+    result = build.run_driver(driver, "40", case)
     assert result.returncode != 0
     assert message in result.stdout + result.stderr
