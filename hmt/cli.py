@@ -1,4 +1,4 @@
-"""The command line: hmt score FILE, hmt generate FILE, hmt info."""
+"""The command line: hmt score FILE, hmt generate FILE, hmt profile FILE, hmt info."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from hmt.config import MODES
 from hmt.loading import Loaded, encode_file, load
+from hmt.profiling import profile_pass
 from hmt.scoring import Score, peak_memory_bytes, score
 from hmt.state import HMTState
 
@@ -69,6 +70,17 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_generate)
 
     command = commands.add_parser(
+        "profile",
+        help="where the time of a segment goes",
+        description="Score the first segments of FILE under PyTorch's profiler and print what each part of the "
+        "recurrence takes: summary, recall, main pass, LM head, loss, and the rest; and the peak memory.",
+    )
+    _add_text_options(command, timed=False)
+    command.add_argument("--segments", type=_positive, default=4, metavar="N", help="segments to read (default 4)")
+    command.add_argument("--trace", metavar="JSON", help="write a chrome trace for Perfetto")
+    command.set_defaults(run=_profile)
+
+    command = commands.add_parser(
         "info",
         help="versions, devices and usable kernels; with --model also that model's settings",
         description="Print versions, devices and, for each operator, which implementations are usable or why not.",
@@ -78,11 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_text_options(command: argparse.ArgumentParser) -> None:
+def _add_text_options(command: argparse.ArgumentParser, *, timed: bool = True) -> None:
     command.add_argument("file", metavar="FILE", help="UTF-8 text to read")
     command.add_argument("--model", required=True, help="directory or hub name of a causal language model or saved HMT")
     command.add_argument("--max-tokens", type=_positive, metavar="N", help="read only the first N tokens of FILE")
-    command.add_argument("--max-seconds", type=float, metavar="S", help="stop reading after about S seconds")
+    if timed:
+        command.add_argument("--max-seconds", type=float, metavar="S", help="stop reading after about S seconds")
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
     command.add_argument("--device", help="for example cpu or cuda:0 (default: a GPU when there is one)")
     memory = command.add_argument_group(
@@ -188,6 +201,22 @@ def continue_text(
         streamer=TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True),
         **sampling,
     )
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    loaded, ids = _load(arguments)
+    model = loaded.model
+    ids = ids[:, : arguments.segments * model.config.segment_length].to(model.device)
+    result = profile_pass(model, ids, arguments.trace)
+    print(*result.table(), sep="\n")
+    print(
+        f"{result.num_tokens:,} tokens in {result.num_segments} segments: {result.total:.3f} s profiled, "
+        f"{result.unprofiled:.3f} s ({result.num_tokens / result.unprofiled:.0f} tokens/s) without the profiler, "
+        f"peak memory {peak_memory_bytes(model.device) / 2**20:,.0f} MiB"
+    )
+    if arguments.trace:
+        print(f"trace written to {arguments.trace}")
+    return 0
 
 
 def _info(arguments: argparse.Namespace) -> int:

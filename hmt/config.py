@@ -31,8 +31,15 @@ class HMTConfig(PreTrainedConfig):
         recall_dim: width h of the recall projections; None means the embedding width d.
         recall_softmax_scale: scale of the recall scores; None means 1/sqrt(h). HMT-pytorch trained its
             checkpoints with d, h >= 4096 at 1/h.
+        fused_rotary: rotate queries and keys inside the attention kernel (see `hmt.fuse_rotary`). None does it where
+            the backbone allows and a kernel gains by it, True everywhere or not at all (ValueError), False never.
         summary_batch_size: rows of one summary pass; larger is faster until the pass no longer fits caches or memory.
         loss_chunk_size: positions whose logits the loss holds at once.
+        rematerialize: recompute all segments but a call's last in the backward pass, so that training holds the
+            activations of one segment at any depth; off, all are kept.
+        bptt_depth: segments that gradients flow through: at every bptt_depth-th segment of a text the memories of all
+            earlier ones enter as constants. None means all segments of a call.
+        offload_states: what rematerialisation keeps of a segment waits in CPU memory for the backward pass.
 
     Raises:
         ValueError: for a value outside its range, naming the argument.
@@ -56,8 +63,12 @@ class HMTConfig(PreTrainedConfig):
     summary_source: str = "current"
     recall_dim: int | None = None
     recall_softmax_scale: float | None = None
+    fused_rotary: bool | None = None
     summary_batch_size: int = 8
     loss_chunk_size: int = 256
+    rematerialize: bool = True
+    bptt_depth: int | None = None
+    offload_states: bool = False
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -83,6 +94,8 @@ class HMTConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
         if not isinstance(self.loss_chunk_size, int) or self.loss_chunk_size < 1:
             raise ValueError(f"loss_chunk_size must be an integer >= 1, got {self.loss_chunk_size!r}")
+        if self.fused_rotary is not None and not isinstance(self.fused_rotary, bool):
+            raise ValueError(f"fused_rotary must be True, False or None, got {self.fused_rotary!r}")
         if self.num_sensory > self.segment_length:
             raise ValueError(
                 f"num_sensory must not exceed segment_length ({self.segment_length}), got {self.num_sensory}"
@@ -92,8 +105,13 @@ class HMTConfig(PreTrainedConfig):
                 f"summary_fraction must lie in (0, 1] and select at least one of the {self.segment_length} tokens "
                 f"of a segment, got {self.summary_fraction!r}"
             )
-        if self.recall_dim is not None and (not isinstance(self.recall_dim, int) or self.recall_dim < 1):
-            raise ValueError(f"recall_dim must be an integer >= 1 or None, got {self.recall_dim!r}")
+        for name in ("recall_dim", "bptt_depth"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} must be an integer >= 1 or None, got {value!r}")
+        for name in ("rematerialize", "offload_states"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
 
     @property
     def summary_length(self) -> int:

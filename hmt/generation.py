@@ -14,7 +14,8 @@ from hmt.state import HMTState
 class HMTGenerationMixin(GenerationMixin):
     """generate() for a model whose only memory is an `HMTState`, passed between steps under the name `state`.
 
-    A `state` given to generate() is continued and `input_ids` are then the new tokens only; it is not changed.
+    A `state` given to generate() is continued and `input_ids` are then the new tokens only; it is not changed. A list
+    of one-row states continues documents that stand at different positions; rows are padded on the left.
     """
 
     _is_stateful = True
@@ -27,7 +28,7 @@ class HMTGenerationMixin(GenerationMixin):
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        state: HMTState | None = None,
+        state: HMTState | list[HMTState] | None = None,
         attention_mask: Tensor | None = None,
         use_cache: bool | None = True,
         is_first_iteration: bool = False,
@@ -46,6 +47,14 @@ class HMTGenerationMixin(GenerationMixin):
             "logits_to_keep": kwargs.get("logits_to_keep", 1),
         }
 
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The state of the last pass goes into the next; which caches transformers carries by itself varies."""
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        model_kwargs["state"] = outputs.state
+        return model_kwargs
+
     def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,
@@ -54,12 +63,23 @@ class HMTGenerationMixin(GenerationMixin):
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
         state = model_kwargs.pop("state", None)
-        if state is not None and expand_size > 1:
+        ragged = isinstance(state, (list, tuple))
+        if ragged:
+            state = [s.without_cache() for s in state for _ in range(expand_size)]
+        elif state is not None and expand_size > 1:
             rows = torch.arange(state.batch_size).repeat_interleave(expand_size)
             state = state.select_rows(rows)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         if state is not None:
-            model_kwargs["state"] = state.without_cache()
+            model_kwargs["state"] = state if ragged else state.without_cache()
         return input_ids, model_kwargs
+
+    @staticmethod
+    def _reorder_cache(state: HMTState | list[HMTState], beam_idx: Tensor) -> HMTState | list[HMTState]:
+        """The state of every beam, as beam search of transformers asks for it."""
+        if isinstance(state, list):
+            return [state[row] for row in beam_idx.tolist()]
+        state.reorder_cache(beam_idx)
+        return state

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from hmt.config import HMTConfig
 from hmt.state import HMTState
 
 
@@ -15,7 +18,7 @@ def check_inputs(
     labels: Tensor | None = None,
     shift_labels: Tensor | None = None,
     logits_to_keep: int | None = None,
-    state: HMTState | None = None,
+    state: HMTState | Sequence[HMTState] | None = None,
     unknown: dict[str, Any] | None = None,
 ) -> None:
     """Raise a ValueError or TypeError that names the first argument that cannot be used, and what it should be."""
@@ -32,11 +35,37 @@ def check_inputs(
             )
     if logits_to_keep is not None and (not isinstance(logits_to_keep, int) or logits_to_keep < 0):
         raise ValueError(f"logits_to_keep must be an integer >= 0 or None, got {logits_to_keep!r}")
-    if state is not None and not isinstance(state, HMTState):
+    if isinstance(state, (list, tuple)):
+        refused = {"labels": labels, "shift_labels": shift_labels}
+        used = [name for name, value in refused.items() if value is not None]
+        if used or not logits_to_keep:
+            raise ValueError(
+                f"a list of states needs logits_to_keep >= 1 and takes no labels, got logits_to_keep={logits_to_keep} "
+                f"and {', '.join(used) or 'no labels'}"
+            )
+    elif state is not None and not isinstance(state, HMTState):
         raise TypeError(f"state must be an HMTState, got {type(state).__name__}")
-    if state is not None and state.batch_size != input_ids.shape[0]:
+    elif state is not None and state.batch_size != input_ids.shape[0]:
         raise ValueError(f"state has {state.batch_size} rows, but input_ids has {input_ids.shape[0]}")
     used = [name for name, value in (unknown or {}).items() if value is not None and value is not False]
     used = [name for name in used if name != "return_dict"]
     if used:
         raise TypeError(f"HMTForCausalLM.forward does not take {', '.join(used)}")
+
+
+def check_state(state: HMTState, config: HMTConfig, device: torch.device) -> None:
+    """Raise a ValueError that says why a state, maybe of another model or from another machine, cannot be continued."""
+    expected = {"hmt": None, "rmt": 1, "baseline": 0}[config.mode]
+    size, width = (0, None) if state.queue is None else state.queue.shape[1:]
+    if size != expected and (expected is not None or not size):
+        raise ValueError(f"state has a queue of {size} memories, which is not how mode {config.mode!r} remembers")
+    if width not in (None, config.hidden_size):
+        raise ValueError(f"state has memories of width {width}, but the model's embeddings have {config.hidden_size}")
+    if state.num_open >= config.segment_length:
+        raise ValueError(
+            f"state has {state.num_open} tokens in its open segment, but the model's segments have "
+            f"{config.segment_length}: continue it with the segment_length that it was made with"
+        )
+    where = state.open.ids.device
+    if where != device:
+        raise ValueError(f"state is on {where}, but input_ids on {device}: move it with state.to({str(device)!r})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -19,7 +20,8 @@ def shift_left(labels: Tensor) -> Tensor:
 
 
 def _chunk_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> Tensor:
-    logits = apply_head(model, hidden).float()
+    with record_function("hmt.head"):
+        logits = apply_head(model, hidden).float()
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 

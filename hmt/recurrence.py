@@ -7,41 +7,71 @@ Memory and sensory positions are always visible; padding hides tokens of the seg
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from hmt.backbone import embed, run_layers
+from hmt.backbone import embed, run_layers, takes_spans
+from hmt.remat import rematerialized
 from hmt.tokens import Tokens, stack_rows
 
 
 def surround(front: Sequence[Tensor], tokens: Tensor, back: Sequence[Tensor], mask: Tensor | None) -> tuple:
     """Concatenate embeddings [B, *, d] along positions, and extend a mask of the tokens with always visible slots."""
     embeds = torch.cat([*front, tokens, *back], dim=1)
+    return embeds, _extend(mask, *(sum(x.shape[1] for x in part) for part in (front, back)))
+
+
+def _extend(mask: Tensor | None, left: int, right: int) -> Tensor | None:
+    """A mask [B, T] with visible positions added at both ends; of a span [B, 2], the span among all positions."""
     if mask is None:
-        return embeds, None
-    left, right = (sum(x.shape[1] for x in part) for part in (front, back))
-    return embeds, nn.functional.pad(mask, (left, right), value=True)
+        return None
+    if mask.dtype == torch.int32:
+        return (mask + left)[:, None, None]
+    return nn.functional.pad(mask, (left, right), value=True)
 
 
-def summarize(model: PreTrainedModel, prompt: Tensor, texts: Sequence[Tokens], batch_size: int) -> list[Tensor]:
+def _hidden(model: PreTrainedModel, text: Tokens) -> Tensor | None:
+    """What says which tokens are padding: the span where it is known and understood, else the mask."""
+    return text.span if text.span is not None and takes_spans(model) else text.mask
+
+
+def summarize(
+    model: PreTrainedModel,
+    prompt: Tensor,
+    texts: Sequence[Tokens],
+    batch_size: int,
+    *,
+    rematerialize: bool = False,
+    offload: bool = False,
+) -> list[Tensor]:
     """Step 1 for many segments at once: q = h_last([T ; E(x) ; T]) with the summary prompt T [1, d]; one [B, d] each.
 
     No summary depends on any memory, so all of them run as batches of about `batch_size` rows, without the LM head.
+    With `rematerialize`, the backward pass recomputes them batch by batch.
     """
     summaries: list[Tensor | None] = [None] * len(texts)
     rows = texts[0].ids.shape[0] if texts else 1
     for group in _equal_lengths(texts, max(1, batch_size // rows)):
         batch = stack_rows([texts[i] for i in group])
-        embeds = embed(model, batch.ids)
-        slot = prompt.to(embeds.dtype).expand(len(embeds), -1, -1)
-        embeds, mask = surround([slot], embeds, [slot], batch.mask)
-        last = run_layers(model, embeds, mask).last_hidden_state[:, -1]
+        if rematerialize:
+            last = rematerialized(partial(_summarize, model), prompt, *batch, offload=offload)
+        else:
+            last = _summarize(model, prompt, *batch)
         for i, summary in zip(group, last.split(rows), strict=True):
             summaries[i] = summary
     return [s for s in summaries if s is not None]
+
+
+def _summarize(model: PreTrainedModel, prompt: Tensor, *text: Tensor | None) -> Tensor:
+    batch = Tokens(*text)  # type: ignore[arg-type]
+    embeds = embed(model, batch.ids)
+    slot = prompt.to(embeds.dtype).expand(len(embeds), -1, -1)
+    embeds, mask = surround([slot], embeds, [slot], _hidden(model, batch))
+    return run_layers(model, embeds, mask, last_rows=1).last_hidden_state[:, -1]
 
 
 def _equal_lengths(texts: Sequence[Tokens], size: int) -> list[list[int]]:
@@ -63,9 +93,10 @@ def augment(
     earlier position, so it is only there when `closing`.
     """
     embeds = embed(model, torch.cat([sensory_ids, segment.ids], dim=1))
-    mask = None if segment.mask is None else nn.functional.pad(segment.mask, (sensory_ids.shape[1], 0), value=True)
     slots = [] if memory is None else [memory[:, None].to(embeds.dtype)]
-    return surround(slots, embeds, slots if closing else [], mask)
+    back = slots if closing else []
+    mask = _extend(_hidden(model, segment), len(slots) + sensory_ids.shape[1], len(back))
+    return torch.cat([*slots, embeds, *back], dim=1), mask
 
 
 def read_segment(
@@ -81,17 +112,11 @@ def read_segment(
 
     embeds and mask come from `augment`. A `cache` keeps the keys and values for decoding.
     """
-    hidden = run_layers(model, embeds, mask, cache).last_hidden_state
-    stop = hidden.shape[1] - ends_with_memory
-    return hidden[:, stop - length : stop], hidden[:, -1] if ends_with_memory else None
+    hidden = run_layers(model, embeds, mask, cache, last_rows=length + ends_with_memory).last_hidden_state
+    return hidden[:, :length], hidden[:, -1] if ends_with_memory else None
 
 
-def decode_token(model: PreTrainedModel, token: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
-    """Hidden state [B, 1, d] of one more token [B, 1] of the open segment.
-
-    mask [B, t + 1] covers the open segment and the token; None when nothing in it is padding.
-    """
-    if mask is not None:
-        in_front = cache.get_seq_length() + 1 - mask.shape[1]
-        mask = nn.functional.pad(mask, (in_front, 0), value=True)
-    return run_layers(model, embed(model, token), mask, cache).last_hidden_state
+def decode_token(model: PreTrainedModel, text: Tokens, cache: Cache) -> Tensor:
+    """Hidden state [B, 1, d] of the last token of the open segment [B, t]; the cache holds all before it."""
+    mask = _extend(_hidden(model, text), cache.get_seq_length() + 1 - text.length, 0)
+    return run_layers(model, embed(model, text.ids[:, -1:]), mask, cache).last_hidden_state

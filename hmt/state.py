@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from hmt.tokens import Tokens
+from hmt.tokens import Tokens, stack_rows
 
 
 @dataclass
@@ -63,9 +65,69 @@ class HMTState:
             raise ValueError("this state has no memories: it comes from a model of mode 'baseline'")
         return self.queue
 
+    def detach(self) -> HMTState:
+        """The same state without its history of gradients, and with no cached keys and values."""
+        return replace(self, queue=None if self.queue is None else self.queue.detach(), cache=None)
+
     def without_cache(self) -> HMTState:
         """The same state with no cached keys and values."""
         return replace(self, cache=None)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> HMTState:
+        """The same state on another device, or with memories of another dtype; its cache is rebuilt on use."""
+        queue = None if self.queue is None else self.queue.to(device=device, dtype=dtype)
+        return HMTState(queue, self.num_closed, self.recent.to(device), self.open.to(device))
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to a file, to be continued later or elsewhere; see `hmt.state_file`."""
+        from hmt.state_file import save_state
+
+        save_state(self, path)
+
+    @staticmethod
+    def load(path: str | Path, device: torch.device | str = "cpu") -> HMTState:
+        """Read a state from a file.
+
+        Raises:
+            ValueError: a file that is damaged, of another kind or of a later version, with the reason.
+        """
+        from hmt.state_file import load_state
+
+        return load_state(path, device)
+
+    @staticmethod
+    def stack(states: Sequence[HMTState]) -> HMTState:
+        """The rows of several states as one batch; they must stand at the same position of their texts.
+
+        Raises:
+            ValueError: no state, or states that differ in position, queue or kind: pass those to a model as a list.
+        """
+        if not states:
+            raise ValueError("states must hold at least one HMTState, got none")
+        kinds = [s._kind() for s in states]
+        if len(set(kinds)) > 1:
+            other = next(kind for kind in kinds if kind != kinds[0])
+            raise ValueError(
+                f"states must agree in position and queue to share a batch, got {dict(kinds[0])} and {dict(other)}: "
+                "states at different positions can be passed to a model as a list"
+            )
+        queue = None if states[0].queue is None else torch.cat([s._queue() for s in states])
+        recent, opened = (stack_rows([getattr(s, name) for s in states]) for name in ("recent", "open"))
+        return HMTState(queue, states[0].num_closed, recent, opened)
+
+    def split(self) -> list[HMTState]:
+        """Each row as a state of its own; caches are rebuilt on use."""
+        return [self.select_rows(torch.tensor([row])) for row in range(self.batch_size)]
+
+    def _kind(self) -> tuple[tuple[str, object], ...]:
+        """What states must have in common to be rows of one batch."""
+        queue = None if self.queue is None else (tuple(self.queue.shape[1:]), self.queue.dtype, self.queue.device)
+        return (
+            ("num_closed", self.num_closed),
+            ("num_open", self.num_open),
+            ("recent", self.recent.length),
+            ("queue", queue),
+        )
 
     def select_rows(self, rows: Tensor) -> HMTState:
         """A new state whose row i is row rows[i] of this one (repeats allowed); its cache is rebuilt on use.
@@ -99,10 +161,10 @@ def empty_state(batch_size: int, queue_size: int, width: int, *, dtype: torch.dt
 
 
 def push_memory(state: HMTState, memory: Tensor) -> Tensor:
-    """The queue with memory [B, d] in its next ring slot; written in place unless gradients are recorded."""
+    """The queue with memory [B, d] in its next ring slot; written in place unless gradients may be recorded."""
     queue = state._queue()
     slot = state.num_closed % queue.shape[1]
-    if torch.is_grad_enabled() and (memory.requires_grad or queue.requires_grad):
+    if torch.is_grad_enabled():
         return queue.select_scatter(memory.to(queue.dtype), dim=1, index=slot)
     queue[:, slot] = memory
     return queue

@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
 class Tokens(NamedTuple):
-    """Token ids [B, T] and, when some of them are padding, a boolean mask [B, T] that is false there."""
+    """Token ids [B, T] and, when some of them are padding, a boolean mask [B, T] that is false there.
+
+    span [B, 2] int32 is the same as the mask, where it is known that no row hides more than one run of tokens.
+    """
 
     ids: Tensor
     mask: Tensor | None = None
+    span: Tensor | None = None
 
     @classmethod
     def of(cls, ids: Tensor, attention_mask: Tensor | None) -> Tokens:
@@ -31,6 +34,10 @@ class Tokens(NamedTuple):
         """Tokens start to stop, as a view."""
         return Tokens(self.ids[:, start:stop], None if self.mask is None else self.mask[:, start:stop])
 
+    def to(self, device: torch.device | str | None) -> Tokens:
+        """The same tokens on another device."""
+        return Tokens(*(None if x is None else x.to(device) for x in self))  # type: ignore[arg-type]
+
     def last(self, count: int) -> Tokens:
         """The last `count` tokens, or all when there are fewer."""
         return self.slice(max(0, self.length - count), self.length)
@@ -44,7 +51,16 @@ def _concatenate(parts: Sequence[Tokens], dim: int) -> Tokens:
     ids = torch.cat([p.ids for p in parts], dim=dim)
     if all(p.mask is None for p in parts):
         return Tokens(ids)
-    return Tokens(ids, torch.cat([p.visible() for p in parts], dim=dim))
+    span = None
+    if dim == 0 and all(p.mask is None or p.span is not None for p in parts):
+        span = torch.cat([_no_span(p.ids) if p.span is None else p.span for p in parts])
+    elif dim == 1 and all(p.mask is None for p in parts[1:]):
+        span = parts[0].span
+    return Tokens(ids, torch.cat([p.visible() for p in parts], dim=dim), span)
+
+
+def _no_span(ids: Tensor) -> Tensor:
+    return torch.zeros(len(ids), 2, dtype=torch.int32, device=ids.device)
 
 
 def join(*parts: Tokens) -> Tokens:
@@ -58,10 +74,35 @@ def stack_rows(parts: Sequence[Tokens]) -> Tokens:
 
 
 def split(text: Tokens, length: int) -> list[Tokens]:
-    """Segments of `length` tokens, the last maybe shorter; those without padding lose their mask (one look for all)."""
-    segments = [text.slice(start, start + length) for start in range(0, text.length, length)]
-    if text.mask is None:
-        return segments
-    columns = F.pad(text.mask.all(dim=0), (0, len(segments) * length - text.length), value=True)
-    unpadded = columns.view(-1, length).all(dim=1).tolist()
-    return [Tokens(s.ids) if clean else s for s, clean in zip(segments, unpadded, strict=True)]
+    """Segments of `length` tokens, the last maybe shorter, as `find_spans` gives them."""
+    return find_spans([text.slice(start, start + length) for start in range(0, text.length, length)])
+
+
+def find_spans(texts: Sequence[Tokens]) -> list[Tokens]:
+    """The same texts without masks that hide nothing, and with the span of masks that hide one run per row.
+
+    The host looks once, whatever their number.
+    """
+    masks = [t.mask for t in texts if t.mask is not None]
+    if not masks:
+        return list(texts)
+    runs = [hidden_run(mask) for mask in masks]
+    seen = torch.stack([torch.stack([mask.all(), single]) for mask, (_, single) in zip(masks, runs, strict=True)])
+    found = iter([(span, *flags) for (span, _), flags in zip(runs, seen.tolist(), strict=True)])
+    return [t if t.mask is None else _with_span(t, *next(found)) for t in texts]
+
+
+def _with_span(text: Tokens, span: Tensor, clean: bool, single: bool) -> Tokens:
+    return Tokens(text.ids) if clean else Tokens(text.ids, text.mask, span if single else None)
+
+
+def hidden_run(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Half-open range [B, 2] int32 from the first to the last hidden position of a boolean mask [B, T], and whether
+
+    that hides what the mask hides in every row (a boolean scalar tensor): then the range says the same as the mask.
+    """
+    hidden = ~mask
+    count = hidden.sum(dim=1)
+    start = torch.where(count > 0, hidden.int().argmax(dim=1), 0)
+    stop = torch.where(count > 0, mask.shape[1] - hidden.flip(1).int().argmax(dim=1), 0)
+    return torch.stack([start, stop], dim=1).to(torch.int32), (stop - start == count).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -101,6 +102,23 @@ def test_generate_continues_the_text(model_dir: Path, text_file: Path, capsys) -
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+def test_profile_shows_where_the_time_goes(model_dir: Path, text_file: Path, tmp_path: Path, capsys) -> None:
+    trace = tmp_path / "trace.json"
+    arguments = ["profile", str(text_file), "--model", str(model_dir), "--segments", "5", "--trace", str(trace), *SMALL]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    rows = {m[1]: (float(m[2]), float(m[3])) for m in re.finditer(r"^(\w+) +([\d.]+) +([\d.]+)%$", out, re.MULTILINE)}
+    assert list(rows) == ["summary", "recall", "main", "head", "loss", "other", "total"]
+    total, share = rows.pop("total")
+    assert share == 100.0
+    assert sum(ms for ms, _ in rows.values()) == pytest.approx(total, abs=0.05)
+    assert all(rows[part][0] > 0 for part in ("summary", "main", "head", "loss"))
+    assert rows["main"][1] > rows["recall"][1]
+    assert re.search(r"160 tokens in 5 segments: .* peak memory [\d,]+ MiB", out)
+    names = [event.get("name") for event in json.loads(trace.read_text())["traceEvents"]]
+    assert names.count("hmt.main") >= 5 and names.count("hmt.summary") == 1 and names.count("hmt.recall") >= 4
+
+
 def test_info_names_versions_operators_and_the_model(model_dir: Path, capsys) -> None:
     assert main(["info", "--model", str(model_dir)]) == 0
     out = capsys.readouterr().out
@@ -148,7 +166,7 @@ def test_usage_errors_exit_with_two(arguments: list[str], capsys) -> None:
     assert "usage: hmt" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["score"], ["generate"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["score"], ["generate"], ["profile"], ["info"]])
 def test_help(command: list[str], capsys) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([*command, "--help"])

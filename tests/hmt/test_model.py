@@ -335,6 +335,9 @@ def test_bad_arguments(arguments: dict, error: type[Exception], message: str) ->
         ({"recall_dim": 0}, "recall_dim"),
         ({"summary_batch_size": 0}, "summary_batch_size"),
         ({"loss_chunk_size": 0}, "loss_chunk_size"),
+        ({"bptt_depth": 0}, "bptt_depth"),
+        ({"rematerialize": "yes"}, "rematerialize"),
+        ({"offload_states": 1}, "offload_states"),
     ],
     ids=str,
 )

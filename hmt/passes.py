@@ -1,0 +1,195 @@
+"""A pass over new text: all summaries first, then one segment after the other through recall and backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from hmt.backbone import embed
+from hmt.kv_cache import new_cache
+from hmt.outputs import SegmentResult
+from hmt.recurrence import augment, decode_token, read_segment, summarize
+from hmt.remat import rematerialized
+from hmt.state import HMTState, push_memory
+from hmt.tokens import Tokens, find_spans, join, split
+
+if TYPE_CHECKING:
+    from hmt.config import HMTConfig
+    from hmt.model import HMTForCausalLM
+
+
+def read_segments(
+    model: HMTForCausalLM, new: Tokens, state: HMTState, use_cache: bool = False
+) -> Iterator[SegmentResult]:
+    """Read new tokens after `state`, one segment at a time; the last may stay open.
+
+    Nothing is synchronised with a GPU from one segment to the next.
+    """
+    config = model.config
+    length, opened = config.segment_length, state.num_open
+    text = join(state.open, new)
+    if can_decode(model, state, new, use_cache):
+        hidden = decode_token(model.backbone, text, state.cache)
+        yield SegmentResult(hidden, open_segment(state, text, state.cache))
+        return
+    segments = split(text, length)
+    rematerializes = config.rematerialize and torch.is_grad_enabled() and len(segments) > 1
+    queries = recall_queries(model, segments, state, rematerializes)
+    if segments[0].length == length and state.queue is not None:
+        state = replace(state, queue=state.queue.clone())  # the caller's state stays as it was
+    pending, fuses = None, _fuses_steps(model, state)
+    for number, (segment, query) in enumerate(zip(segments, queries, strict=True), start=1):
+        closing, last = segment.length == length, number == len(segments)
+        state = _truncate(state, config.bptt_depth)
+        cache = new_cache(model.backbone, cache_capacity(config)) if use_cache and not closing else None
+        if pending is None or query is None:
+            run = partial(_read, model, replace(state, queue=None, cache=None), segment, cache)
+            # the backward pass begins with the last segment: its activations are needed at once
+            if rematerializes and not last:
+                run = partial(rematerialized, run, offload=config.offload_states)
+            hidden, memory, recalled, age = run(state.queue, query)
+        else:
+            hidden, memory, recalled, age = _step_and_read(model, state, segment, cache, query, pending)
+        # the next segment's step writes it into the queue, together with its recall
+        pending = memory if fuses and not last else None
+        if closing:
+            state = close_segment(model, state, segment, memory, write=pending is None)
+        else:
+            state = open_segment(state, segment, cache)
+        yield SegmentResult(hidden[:, opened:], state, memory, recalled, age)
+        opened = 0
+
+
+def can_decode(model: HMTForCausalLM, state: HMTState, new: Tokens, use_cache: bool) -> bool:
+    """Whether one new token can use the keys and values that `state` has kept."""
+    config = model.config
+    if not use_cache or state.cache is None or new.length != 1:
+        return False
+    if state.num_open == 0 or state.num_open + 1 >= config.segment_length:
+        return False
+    # a cache that another continuation of the same state has already extended no longer fits
+    num_sensory = min(config.num_sensory, state.recent.length)
+    return state.cache.get_seq_length() == config.num_memory + num_sensory + state.num_open
+
+
+def recall_queries(
+    model: HMTForCausalLM, segments: list[Tokens], state: HMTState, rematerialize: bool = False
+) -> list[Tensor | None]:
+    """Absorbed recall queries [B, d] of all segments: every summary in batches, then one product."""
+    config = model.config
+    if config.mode != "hmt" or not segments:
+        return [None] * len(segments)
+    if config.summary_source == "current":
+        sources = [s.slice(0, config.summary_length) for s in segments]
+    else:
+        sources = [s.last(config.summary_length) for s in (state.recent, *segments[:-1])]
+    # nothing has been written before the first segment of a text, so it recalls nothing
+    first = 1 if state.num_closed == 0 else 0
+    batch_size = config.summary_batch_size
+    if torch.is_grad_enabled():  # a batch holds no more activations than a segment does
+        tokens = 2 * config.num_memory + config.num_sensory + config.segment_length
+        batch_size = min(batch_size, tokens // (config.summary_length + 2) * state.batch_size)
+    with record_function("hmt.summary"):
+        summaries = summarize(
+            model.backbone,
+            model.summary_prompt,
+            find_spans(sources[first:]),
+            batch_size,
+            rematerialize=rematerialize,
+            offload=config.offload_states,
+        )
+        queries: list[Tensor | None] = [None] * first
+        if summaries:
+            queries += model.recall.absorb(torch.stack(summaries)).unbind(0)
+    return queries
+
+
+def recall(model: HMTForCausalLM, query: Tensor | None, state: HMTState) -> tuple[Tensor | None, Tensor | None]:
+    """p_n [B, d] and the age [B] of the strongest memory (None before there is one)."""
+    if model.config.mode == "baseline":
+        return None, None
+    if state.num_closed == 0:
+        return model.memory.expand(state.batch_size, -1), None
+    if model.config.mode == "rmt":
+        return state.valid()[:, 0], None
+    with record_function("hmt.recall"):
+        out = model.recall(query, state.valid())
+        return out.recalled[:, 0], state.age_of(out.slot[:, 0])
+
+
+def open_segment(state: HMTState, segment: Tokens, cache: Any = None) -> HMTState:
+    """The state with this text as its open segment."""
+    return replace(state, open=segment, cache=cache)
+
+
+def _read(
+    model: HMTForCausalLM, state: HMTState, segment: Tokens, cache: Any, queue: Tensor | None, query: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Hidden states, memory, recalled embedding and age of a segment after `state` with this queue."""
+    recalled, age = recall(model, query, replace(state, queue=queue))
+    closing = segment.length == model.config.segment_length
+    sensory = state.recent.last(model.config.num_sensory).ids
+    with record_function("hmt.main"):
+        embeds, mask = augment(model.backbone, recalled, sensory, segment, closing=closing)
+        ends_with_memory = closing and recalled is not None
+        hidden, memory = read_segment(
+            model.backbone, embeds, mask, segment.length, ends_with_memory=ends_with_memory, cache=cache
+        )
+    return hidden, memory, recalled, age
+
+
+def _step_and_read(
+    model: HMTForCausalLM, state: HMTState, segment: Tokens, cache: Any, query: Tensor, pending: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """The same, after the latest memory [B, d] has been written; queue and memory slots are changed in place."""
+    closing = segment.length == model.config.segment_length
+    sensory = state.recent.last(model.config.num_sensory).ids
+    blank = model.memory.expand(state.batch_size, -1)
+    with record_function("hmt.main"):
+        embeds, mask = augment(model.backbone, blank, sensory, segment, closing=closing)
+    with record_function("hmt.recall"):
+        slot = (state.num_closed - 1) % state.queue.shape[1]  # type: ignore[union-attr]
+        out = model.recall.step(query, state.valid(), pending, slot, embeds if closing else embeds[:, :1])
+        recalled, age = out.recalled[:, 0], state.age_of(out.slot[:, 0])
+    with record_function("hmt.main"):
+        hidden, memory = read_segment(
+            model.backbone, embeds, mask, segment.length, ends_with_memory=closing, cache=cache
+        )
+    return hidden, memory, recalled, age
+
+
+def _fuses_steps(model: HMTForCausalLM, state: HMTState) -> bool:
+    """Whether a memory's way into the queue and the next recall can be one step, which writes in place."""
+    if torch.is_grad_enabled() or model.config.mode != "hmt" or state.queue is None:
+        return False
+    embeds = embed(model.backbone, state.open.ids[:, :0])
+    return embeds.dtype == state.queue.dtype and embeds.device == state.queue.device
+
+
+def _truncate(state: HMTState, depth: int | None) -> HMTState:
+    """The state without its history of gradients, where a new run of `depth` segments begins."""
+    if depth is None or state.queue is None or state.num_closed % depth:
+        return state
+    return replace(state, queue=state.queue.detach())
+
+
+def cache_capacity(config: HMTConfig) -> int:
+    """Positions of the longest augmented segment that can still be decoded into."""
+    return config.num_memory + config.num_sensory + config.segment_length
+
+
+def close_segment(
+    model: HMTForCausalLM, state: HMTState, segment: Tokens, memory: Tensor | None, write: bool = True
+) -> HMTState:
+    """The state after a full segment; its memory joins the queue now (`write`) or with the next step."""
+    queue = push_memory(state, memory) if write and memory is not None else state.queue
+    keep = model.config.num_sensory
+    if model.config.mode == "hmt" and model.config.summary_source == "previous":
+        keep = max(keep, model.config.summary_length)
+    return HMTState(queue, state.num_closed + 1, segment.last(keep), Tokens(segment.ids[:, :0]))

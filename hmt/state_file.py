@@ -1,0 +1,125 @@
+"""States on disk: safetensors with a SHA-256 per tensor and one over all metadata, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from hmt.state import HMTState
+from hmt.tokens import Tokens
+
+FORMAT = "hmt-state"
+VERSION = "1"
+DIGEST = "sha256"  # of all other metadata
+OPTIONAL = ("queue", "recent.mask", "open.mask")
+
+
+def save_state(state: HMTState, path: str | Path) -> None:
+    """Write a state; an older file of that name stays as it is until the new one is complete.
+
+    Cached keys and values are left out, they are made again on use.
+    """
+    named = {
+        "queue": state.queue,
+        "recent.ids": state.recent.ids,
+        "recent.mask": state.recent.mask,
+        "open.ids": state.open.ids,
+        "open.mask": state.open.mask,
+    }
+    tensors = {name: t.detach().cpu().contiguous() for name, t in named.items() if t is not None}
+    metadata = {"format": FORMAT, "version": VERSION, "num_closed": str(state.num_closed)}
+    metadata |= {f"{DIGEST}.{name}": _digest(name, tensor) for name, tensor in tensors.items()}
+    metadata[DIGEST] = _digest_of_metadata(metadata)
+    _replace(Path(path), save(tensors, metadata))
+
+
+def load_state(path: str | Path, device: torch.device | str = "cpu") -> HMTState:
+    """Read a state that `save_state` has written; nothing in the file is ever executed.
+
+    Raises:
+        ValueError: a file that is damaged, of another kind or of a later version, with the reason.
+        OSError: no such file.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            _check_metadata(path, metadata)
+            # copies, which nothing that happens to the file later can change
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, RuntimeError, TypeError, OverflowError, UnicodeError) as error:
+        raise ValueError(f"{str(path)!r} is damaged or no safetensors file: {error}") from error
+    expected = {key.removeprefix(f"{DIGEST}.") for key in metadata if key.startswith(f"{DIGEST}.")}
+    if expected != set(tensors):
+        raise ValueError(f"{str(path)!r} is damaged: it should hold {sorted(expected)}, but holds {sorted(tensors)}")
+    for name, tensor in tensors.items():
+        if _digest(name, tensor) != metadata[f"{DIGEST}.{name}"]:
+            raise ValueError(f"{str(path)!r} is damaged: tensor {name!r} does not match its SHA-256")
+    return _state(path, tensors, int(metadata["num_closed"])).to(device)
+
+
+def _check_metadata(path: Path, metadata: dict[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{str(path)!r} is a safetensors file, but holds no HMT state (format {FORMAT!r})")
+    if metadata.get("version") != VERSION:
+        raise ValueError(
+            f"{str(path)!r} is an HMT state of format version {metadata.get('version')!r}, this hmt reads {VERSION!r}"
+        )
+    if _digest_of_metadata(metadata) != metadata.get(DIGEST):
+        raise ValueError(f"{str(path)!r} is damaged: its metadata does not match its SHA-256")
+
+
+def _state(path: Path, tensors: dict[str, Tensor], num_closed: int) -> HMTState:
+    """The state of tensors that are what was written; they still might have been written by something else."""
+    missing = {"recent.ids", "open.ids"} - set(tensors)
+    unknown = set(tensors) - {"recent.ids", "open.ids", *OPTIONAL}
+    if missing or unknown:
+        raise ValueError(f"{str(path)!r} holds no HMT state: missing {sorted(missing)}, unknown {sorted(unknown)}")
+    rows = tensors["open.ids"].shape[:1]
+    for name, tensor in tensors.items():
+        kind = {"queue": (3, None), "ids": (2, torch.int64), "mask": (2, torch.bool)}[name.rpartition(".")[2]]
+        if tensor.dim() != kind[0] or (kind[1] or tensor.dtype) != tensor.dtype or tensor.shape[:1] != rows:
+            raise ValueError(f"{str(path)!r} holds no HMT state: {name} is {tensor.dtype} {list(tensor.shape)}")
+    queue = tensors.get("queue")
+    recent, opened = (Tokens(tensors[f"{x}.ids"], tensors.get(f"{x}.mask")) for x in ("recent", "open"))
+    return HMTState(queue, num_closed, recent, opened)
+
+
+def _digest(name: str, tensor: Tensor) -> str:
+    """SHA-256 of a contiguous CPU tensor: its name, dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+    if tensor.numel():
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest_of_metadata(metadata: dict[str, str]) -> str:
+    text = "\n".join(f"{key} {value}" for key, value in sorted(metadata.items()) if key != DIGEST)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Put data into a file that is complete at any moment: written beside it, on disk, then renamed."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
