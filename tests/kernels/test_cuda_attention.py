@@ -268,7 +268,8 @@ def test_empty_batch_or_queries(shape, backend):
 
 def test_the_operator_calls_the_kernels(emulated, monkeypatch):
     monkeypatch.setitem(dispatch._missing, ("segment_attention", "cuda"), None)
-    monkeypatch.setitem(dispatch._modules, ("segment_attention", "cuda"), cuda)
+    monkeypatch.setattr(dispatch._modules["segment_attention", "cuda"], "loaded", cuda)
+    monkeypatch.setattr(dispatch, "_remembered", {})
     monkeypatch.setattr(cuda, "unavailable", lambda *args: None)
     settings = {"rotary": (2, 64), "pad_span": [(5, 10), (0, 0)], "window_size": 30}
     inputs = make_inputs((2, 4, 2, 20, 70, 64), torch.bfloat16, "cpu", **settings)
