@@ -12,7 +12,7 @@ LANDED = "    __syncthreads();  // the tile is there, and nobody reads the one b
 # run, what is said
 FAULTS = {
     "no-barrier": ("attention_fwd.cu", LANDED, "", "thread", "decoding", "data race"),
-    "no-barrier-in-fibers": ("attention_fwd.cu", LANDED, "", "plain", "everything", "FAILED: case everything"),
+    "no-barrier-in-fibers": ("attention_fwd.cu", LANDED, "", "plain", "square", "o holds NaN"),
     "no-wait": (
         "attention_fwd.cu", "    cp_async_wait<0>();\n" + LANDED, LANDED, "plain", "decoding", "o holds NaN",
     ),
@@ -51,7 +51,7 @@ def replace(file, taken_out, replacement=""):
     file.write_text(text.replace(taken_out, replacement, 1))
 
 
-@pytest.mark.parametrize("kind, seeds", [("plain", 20), ("address-undefined", 3), ("thread", 1)])
+@pytest.mark.parametrize("kind, seeds", [("plain", 10), ("address-undefined", 2), ("thread", 1)])
 def test_no_report_and_one_result_in_every_order(kind, seeds, sources, tmp_path):
     result = build.run_driver(build.build_attention_driver(tmp_path, kind, sources), str(seeds))
     assert result.returncode == 0, result.stdout + result.stderr[:5000]
@@ -65,6 +65,6 @@ def test_a_planted_fault_is_noticed(fault, sources, tmp_path):
     faulty = shutil.copytree(sources, tmp_path / "sources")
     replace(faulty / file, taken_out, replacement)
     driver = build.build_attention_driver(tmp_path, kind, faulty, forward_only="bwd" not in file)
-    result = build.run_driver(driver, "40", case)
+    result = build.run_driver(driver, "10", case)
     assert result.returncode != 0
     assert message in result.stdout + result.stderr
