@@ -46,6 +46,7 @@ CASES = {
     "hole-outside": {"shape": (2, 2, 1, 70, 70, 64), "pad_span": [(-5, 3), (66, 2**31 - 1)]},
     "hole-wider-than-window": {"shape": (2, 2, 1, 200, 200, 64), "pad_span": [(3, 190), (64, 192)], "window_size": 40},
     "hole-decoding": {"shape": (3, 4, 1, 1, 130, 64), "pad_span": [(2, 129), (0, 130), (64, 130)]},
+    "a-whole-segment": {"shape": (1, 1, 1, 546, 546, 64), "rotary": (1, 64), "pad_span": [(300, 450)]},
     "everything": {
         "shape": (2, 6, 2, 63, 200, 80), "rotary": (2, 32), "pad_span": [(20, 180), (128, 130)], "window_size": 101,
         "softmax_scale": 0.2,
