@@ -1,0 +1,215 @@
+"""Pieces of the attention kernels: tiles of rows, the rotary embedding, which keys a tile of queries sees.
+
+A row of D features is held as two tiles of power-of-two widths D0 and D1 (80 = 64 + 16). If one is enough, D1 = 0: the
+second is then a single column of zeros, which no function here computes with.
+
+Scores are kept in units of log2(e), so that exp2 serves; the running maximum of a row starts at a very low finite
+number rather than at -inf, so that no difference of two maxima is NaN.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+FLOOR = tl.constexpr(-1e38)
+LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
+PRECISION = tl.constexpr("tf32x3")  # of float32 products; one TF32 product alone would miss float32's accuracy
+
+# Arguments that no kernel is compiled for: another length, batch or number of heads takes the kernel that is there.
+RUNTIME_SIZES = (
+    "heads", "q_heads", "kv_heads", "group", "q_len", "k_len", "window_size", "splits", "k_blocks", "q_sign", "scale",
+    "stride_qb", "stride_qh", "stride_qt", "stride_kb", "stride_kh", "stride_kt", "stride_vb", "stride_vh", "stride_vt",
+    "stride_ob", "stride_oh", "stride_ot", "stride_dob", "stride_doh", "stride_dot", "stride_dqb", "stride_dqh",
+    "stride_dqt", "stride_dkb", "stride_dkh", "stride_dkt", "stride_dvb", "stride_dvh", "stride_dvt",
+    "stride_cb", "stride_ct",
+)  # fmt: skip
+ANY_ALIGNMENT = ("pad_span_ptr", "lse_ptr", "dlse_ptr", "stats_ptr", "counter_ptr")
+
+
+@triton.jit
+def load_tile(ptr, rows, row_mask, stride, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Features START to START + WIDTH of some rows, [rows, WIDTH]; zeros in masked rows and beyond feature D."""
+    if WIDTH == 0:
+        return tl.zeros([row_mask.shape[0], 1], ptr.dtype.element_ty)
+    else:
+        columns = START + tl.arange(0, WIDTH)
+        mask = row_mask[:, None]
+        if START + WIDTH > D:
+            mask = mask & (columns < D)[None, :]
+        return tl.load(ptr + (rows * stride)[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, rows, row_mask, stride, values, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    if WIDTH > 0:
+        columns = START + tl.arange(0, WIDTH)
+        mask = row_mask[:, None]
+        if START + WIDTH > D:
+            mask = mask & (columns < D)[None, :]
+        tl.store(ptr + (rows * stride)[:, None] + columns[None, :], values.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def turn(
+    x, ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride, DIRECTION: tl.constexpr,
+    START: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """x, the features START to START + WIDTH of the rows at `ptr`, rotated (DIRECTION = 1) or rotated back (-1).
+
+    The feature that each one turns with is read from `ptr`: that needs no exchange between threads, and the halves
+    of R features may lie across the two tiles of a row in any way.
+    """
+    if WIDTH == 0 or START >= R:
+        return x
+    else:
+        columns = START + tl.arange(0, WIDTH)
+        in_first = columns < R // 2
+        partners = tl.where(in_first, columns + R // 2, columns - R // 2)
+        mask = row_mask[:, None]
+        if START + WIDTH > R:
+            mask = mask & (columns < R)[None, :]
+        partner = tl.load(ptr + (rows * stride)[:, None] + partners[None, :], mask=mask, other=0.0).to(tl.float32)
+        table = (rows * table_stride)[:, None] + columns[None, :]
+        cos = tl.load(cos_ptr + table_start + table, mask=mask, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + table_start + table, mask=mask, other=0.0).to(tl.float32)
+        sign = tl.where(in_first, -1.0 * DIRECTION, 1.0 * DIRECTION)
+        return x.to(tl.float32) * cos + partner * (sin * sign[None, :])
+
+
+@triton.jit
+def load_turned(
+    ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride,
+    START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """load_tile, then the rotary embedding; in the dtype of `ptr`. R = 0 is none."""
+    x = load_tile(ptr, rows, row_mask, stride, START, WIDTH, D)
+    if R > 0:
+        x = turn(x, ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride, 1, START, WIDTH, R)
+    return x.to(ptr.dtype.element_ty)
+
+
+@triton.jit
+def store_turned_back(
+    ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride, x0, x1,
+    D0: tl.constexpr, D1: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Store the gradient x0, x1 of rotated rows as that of the rows themselves."""
+    store_tile(ptr, rows, row_mask, stride, x0, 0, D0, D)
+    store_tile(ptr, rows, row_mask, stride, x1, D0, D1, D)
+    if R > 0:
+        # What was just stored is read back by other threads as the partners, and then overwritten.
+        tl.debug_barrier()
+        x0 = turn(x0, ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride, -1, 0, D0, R)
+        x1 = turn(x1, ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride, -1, D0, D1, R)
+        tl.debug_barrier()
+        store_tile(ptr, rows, row_mask, stride, x0, 0, D0, D)
+        store_tile(ptr, rows, row_mask, stride, x1, D0, D1, D)
+
+
+@triton.jit
+def zero_tiles(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    return tl.zeros([ROWS, D0], tl.float32), tl.zeros([ROWS, D1 if D1 > 0 else 1], tl.float32)
+
+
+@triton.jit
+def matmul(a, b, acc):
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def rows_times_rows(a0, a1, b0, b1):
+    """a b^T over all features."""
+    s = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
+    if a1.shape[1] > 1:
+        s = matmul(a1, tl.trans(b1), s)
+    return s
+
+
+@triton.jit
+def add_matmul(acc, p, tile):
+    if tile.shape[1] == 1:
+        return acc
+    else:
+        return matmul(p, tile, acc)
+
+
+@triton.jit
+def hole_of(pad_span_ptr, b, k_len):
+    """The half-open range of keys hidden from batch row b, within 0 .. k_len; start >= end hides none."""
+    if pad_span_ptr is None:
+        return k_len, k_len
+    else:
+        start, end = tl.load(pad_span_ptr + 2 * b), tl.load(pad_span_ptr + 2 * b + 1)
+        return tl.minimum(tl.maximum(start, 0), k_len), tl.minimum(tl.maximum(end, 0), k_len)
+
+
+@triton.jit
+def key_tiles(
+    first_position, last_position, hole_start, hole_end, window_size,
+    WINDOW: tl.constexpr, HOLE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The tiles of keys that queries at first_position to last_position see: (start, count, skip_from, skipped).
+
+    Tile i of `count` starts at key start + BLOCK_N * (i, or from i = skip_from on i + skipped): the tiles that lie
+    wholly in the hole are left out. The last tile ends with the last query's own key; so the first may start before
+    key 0.
+    """
+    lowest = last_position * 0
+    if WINDOW:
+        lowest = tl.maximum(first_position - window_size + 1, 0)
+    end = last_position + 1
+    count = tl.cdiv(end - lowest, BLOCK_N)
+    start = end - count * BLOCK_N
+    skip_from, skipped = count, count * 0
+    if HOLE:
+        # A hole that starts with the lowest key also hides what lies before that in the first tile.
+        from_key = tl.where(hole_start <= lowest, start, hole_start)
+        skip_from = tl.minimum(tl.cdiv(from_key - start, BLOCK_N), count)
+        skip_end = tl.maximum(tl.minimum(hole_end, end) - start, 0) // BLOCK_N
+        skipped = tl.maximum(skip_end - skip_from, 0)
+    return start, count - skipped, skip_from, skipped
+
+
+@triton.jit
+def needs_mask(
+    key, first_position, last_position, hole_start, hole_end, window_size,
+    WINDOW: tl.constexpr, HOLE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Whether some query of the tile does not see some of the keys `key` to key + BLOCK_N."""
+    masked = (key + BLOCK_N - 1 > first_position) | (key < 0)
+    if WINDOW:
+        masked = masked | (key <= last_position - window_size)
+    if HOLE:
+        masked = masked | ((key < hole_end) & (key + BLOCK_N > hole_start))
+    return masked
+
+
+@triton.jit
+def sees(positions, keys, hole_start, hole_end, window_size, WINDOW: tl.constexpr, HOLE: tl.constexpr):
+    """Which queries see which keys; positions and keys broadcast."""
+    visible = (keys <= positions) & (keys >= 0)
+    if WINDOW:
+        visible = visible & (keys > positions - window_size)
+    if HOLE:
+        visible = visible & ((keys < hole_start) | (keys >= hole_end))
+    return visible
+
+
+@triton.jit
+def softmax_step(s, m_i, l_i, scale):
+    """p and the new maximum, sum and factor of what was accumulated so far; s = -inf for unseen keys, scale > 0."""
+    m_new = tl.maximum(m_i, tl.max(s, axis=1) * scale)
+    p = tl.exp2(s * scale - m_new[:, None])
+    alpha = tl.exp2(m_i - m_new)
+    return p, m_new, l_i * alpha + tl.sum(p, axis=1), alpha
+
+
+@triton.jit
+def finish(acc0, acc1, m_i, l_i):
+    """o0, o1 and lse of rows; zeros and -inf where they saw no key."""
+    some = l_i > 0
+    inverse = 1.0 / tl.where(some, l_i, 1.0)
+    lse = tl.where(some, (m_i + tl.log2(tl.where(some, l_i, 1.0))) * LN_2, float("-inf"))
+    return acc0 * inverse[:, None], acc1 * inverse[:, None], lse
