@@ -59,16 +59,15 @@ def segment_attention_bwd_dkdv_kernel(
     n64 = n.to(tl.int64)
     k_ptr += tl.multiple_of(b * stride_kb + kv * stride_kh + n64 * stride_kt, 8)
     v_ptr += tl.multiple_of(b * stride_vb + kv * stride_vh + n64 * stride_vt, 8)
-    k0 = load_tile(k_ptr, keys, exists, tl.multiple_of(stride_kt, 8), 0, D0, D)
-    k1 = load_tile(k_ptr, keys, exists, tl.multiple_of(stride_kt, 8), D0, D1, D)
-    v0 = load_tile(v_ptr, keys, exists, tl.multiple_of(stride_vt, 8), 0, D0, D)
-    v1 = load_tile(v_ptr, keys, exists, tl.multiple_of(stride_vt, 8), D0, D1, D)
+    k0 = load_tile(k_ptr, keys, exists, stride_kt, 0, D0, D)
+    k1 = load_tile(k_ptr, keys, exists, stride_kt, D0, D1, D)
+    v0 = load_tile(v_ptr, keys, exists, stride_vt, 0, D0, D)
+    v1 = load_tile(v_ptr, keys, exists, stride_vt, D0, D1, D)
 
     q_ptr += tl.multiple_of(b * stride_qb + kv * group * stride_qh, 8)
     do_ptr += tl.multiple_of(b * stride_dob + kv * group * stride_doh, 8)
     stats_ptr += (b * q_heads + kv * group) * q_len
     num_stats = heads.to(tl.int64) * q_len
-    stride_qt, stride_dot = tl.multiple_of(stride_qt, 8), tl.multiple_of(stride_dot, 8)
     dk0, dk1 = zero_tiles(BLOCK_N, D0, D1)
     dv0, dv1 = zero_tiles(BLOCK_N, D0, D1)
     # One loop over the query heads of the group and their tiles: a loop in a loop would fill its pipeline every time.
@@ -99,13 +98,13 @@ def segment_attention_bwd_dkdv_kernel(
         dk1 = add_matmul(dk1, ds, q1)
 
     dv_ptr += tl.multiple_of(b * stride_dvb + kv * stride_dvh + n64 * stride_dvt, 8)
-    store_tile(dv_ptr, keys, exists, tl.multiple_of(stride_dvt, 8), dv0, 0, D0, D)
-    store_tile(dv_ptr, keys, exists, tl.multiple_of(stride_dvt, 8), dv1, D0, D1, D)
+    store_tile(dv_ptr, keys, exists, stride_dvt, dv0, 0, D0, D)
+    store_tile(dv_ptr, keys, exists, stride_dvt, dv1, D0, D1, D)
     dk_ptr += tl.multiple_of(b * stride_dkb + kv * stride_dkh + n64 * stride_dkt, 8)
     table = tl.multiple_of(b * stride_cb + n64 * stride_ct, TABLE_ALIGN)
     store_turned_back(
-        dk_ptr, keys, exists, tl.multiple_of(stride_dkt, 8), cos_ptr, sin_ptr, table,
-        tl.multiple_of(stride_ct, TABLE_ALIGN), dk0 * scale, dk1 * scale, D0, D1, D, R,
+        dk_ptr, keys, exists, stride_dkt, cos_ptr, sin_ptr, table,
+        stride_ct, dk0 * scale, dk1 * scale, D0, D1, D, R, TABLE_ALIGN,
     )  # fmt: skip
 
 
@@ -139,10 +138,10 @@ def segment_attention_bwd_dq_kernel(
     row64, head64 = first_row.to(tl.int64), h.to(tl.int64)
     q_ptr += tl.multiple_of(b * stride_qb + head64 * stride_qh + row64 * stride_qt, 8)
     do_ptr += tl.multiple_of(b * stride_dob + head64 * stride_doh + row64 * stride_dot, 8)
-    q0 = load_tile(q_ptr, rows, inside, tl.multiple_of(stride_qt, 8), 0, D0, D)
-    q1 = load_tile(q_ptr, rows, inside, tl.multiple_of(stride_qt, 8), D0, D1, D)
-    do0 = load_tile(do_ptr, rows, inside, tl.multiple_of(stride_dot, 8), 0, D0, D)
-    do1 = load_tile(do_ptr, rows, inside, tl.multiple_of(stride_dot, 8), D0, D1, D)
+    q0 = load_tile(q_ptr, rows, inside, stride_qt, 0, D0, D)
+    q1 = load_tile(q_ptr, rows, inside, stride_qt, D0, D1, D)
+    do0 = load_tile(do_ptr, rows, inside, stride_dot, 0, D0, D)
+    do1 = load_tile(do_ptr, rows, inside, stride_dot, D0, D1, D)
     row = stats_ptr + bh.to(tl.int64) * q_len + first_row + rows
     lse = tl.load(row, mask=inside, other=float("inf"))
     delta = tl.load(row + heads.to(tl.int64) * q_len, mask=inside, other=0.0)
@@ -150,7 +149,6 @@ def segment_attention_bwd_dq_kernel(
     kv = (h // group).to(tl.int64)
     k_ptr += tl.multiple_of(b * stride_kb + kv * stride_kh, 8)
     v_ptr += tl.multiple_of(b * stride_vb + kv * stride_vh, 8)
-    stride_kt, stride_vt = tl.multiple_of(stride_kt, 8), tl.multiple_of(stride_vt, 8)
     dq0, dq1 = zero_tiles(BLOCK_M, D0, D1)
     for i in tl.range(0, count, num_stages=STAGES):
         n = start + (i + tl.where(i >= skip_from, skipped, 0)) * BLOCK_N
@@ -174,6 +172,6 @@ def segment_attention_bwd_dq_kernel(
     dq_ptr += tl.multiple_of(b * stride_dqb + head64 * stride_dqh + row64 * stride_dqt, 8)
     table = tl.multiple_of(b * stride_cb + (row64 + offset) * stride_ct, TABLE_ALIGN)
     store_turned_back(
-        dq_ptr, rows, inside, tl.multiple_of(stride_dqt, 8), cos_ptr, sin_ptr, table,
-        tl.multiple_of(stride_ct, TABLE_ALIGN), dq0 * scale, dq1 * scale, D0, D1, D, R,
+        dq_ptr, rows, inside, stride_dqt, cos_ptr, sin_ptr, table,
+        stride_ct, dq0 * scale, dq1 * scale, D0, D1, D, R, TABLE_ALIGN,
     )  # fmt: skip

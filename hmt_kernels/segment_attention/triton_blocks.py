@@ -38,7 +38,7 @@ def load_tile(ptr, rows, row_mask, stride, START: tl.constexpr, WIDTH: tl.conste
         mask = row_mask[:, None]
         if START + WIDTH > D:
             mask = mask & (columns < D)[None, :]
-        return tl.load(ptr + (rows * stride)[:, None] + columns[None, :], mask=mask, other=0.0)
+        return tl.load(ptr + tl.multiple_of(rows * stride, 8)[:, None] + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -48,13 +48,14 @@ def store_tile(ptr, rows, row_mask, stride, values, START: tl.constexpr, WIDTH: 
         mask = row_mask[:, None]
         if START + WIDTH > D:
             mask = mask & (columns < D)[None, :]
-        tl.store(ptr + (rows * stride)[:, None] + columns[None, :], values.to(ptr.dtype.element_ty), mask=mask)
+        tl.store(ptr + tl.multiple_of(rows * stride, 8)[:, None] + columns[None, :], values.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def turn(
     x, ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride, DIRECTION: tl.constexpr,
     START: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr,
+    TABLE_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """x, the features START to START + WIDTH of the rows at `ptr`, rotated (DIRECTION = 1) or rotated back (-1).
 
@@ -70,8 +71,8 @@ def turn(
         mask = row_mask[:, None]
         if START + WIDTH > R:
             mask = mask & (columns < R)[None, :]
-        partner = tl.load(ptr + (rows * stride)[:, None] + partners[None, :], mask=mask, other=0.0).to(tl.float32)
-        table = (rows * table_stride)[:, None] + columns[None, :]
+        partner = tl.load(ptr + tl.multiple_of(rows * stride, 8)[:, None] + partners[None, :], mask=mask, other=0.0).to(tl.float32)
+        table = tl.multiple_of(rows * table_stride, TABLE_ALIGN)[:, None] + columns[None, :]
         cos = tl.load(cos_ptr + table_start + table, mask=mask, other=1.0).to(tl.float32)
         sin = tl.load(sin_ptr + table_start + table, mask=mask, other=0.0).to(tl.float32)
         sign = tl.where(in_first, -1.0 * DIRECTION, 1.0 * DIRECTION)
@@ -82,11 +83,12 @@ def turn(
 def load_turned(
     ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride,
     START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    TABLE_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """load_tile, then the rotary embedding; in the dtype of `ptr`. R = 0 is none."""
     x = load_tile(ptr, rows, row_mask, stride, START, WIDTH, D)
     if R > 0:
-        x = turn(x, ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride, 1, START, WIDTH, R)
+        x = turn(x, ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride, 1, START, WIDTH, R, TABLE_ALIGN)
     return x.to(ptr.dtype.element_ty)
 
 
@@ -94,6 +96,7 @@ def load_turned(
 def store_turned_back(
     ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride, x0, x1,
     D0: tl.constexpr, D1: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    TABLE_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Store the gradient x0, x1 of rotated rows as that of the rows themselves."""
     store_tile(ptr, rows, row_mask, stride, x0, 0, D0, D)
@@ -101,8 +104,8 @@ def store_turned_back(
     if R > 0:
         # What was just stored is read back by other threads as the partners, and then overwritten.
         tl.debug_barrier()
-        x0 = turn(x0, ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride, -1, 0, D0, R)
-        x1 = turn(x1, ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride, -1, D0, D1, R)
+        x0 = turn(x0, ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride, -1, 0, D0, R, TABLE_ALIGN)
+        x1 = turn(x1, ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride, -1, D0, D1, R, TABLE_ALIGN)
         tl.debug_barrier()
         store_tile(ptr, rows, row_mask, stride, x0, 0, D0, D)
         store_tile(ptr, rows, row_mask, stride, x1, D0, D1, D)

@@ -54,7 +54,7 @@ def segment_attention_prepare_kernel(
             k_ptr + tl.multiple_of(b * stride_kb + h * stride_kh + first.to(tl.int64) * stride_kt, 8),
             rotated_k_ptr + (bh * k_len + first) * D,
             cos_ptr, sin_ptr, tl.multiple_of(b * stride_cb + first.to(tl.int64) * stride_ct, TABLE_ALIGN),
-            rows, inside, tl.multiple_of(stride_kt, 8), tl.multiple_of(stride_ct, TABLE_ALIGN), D, D0, D1, R,
+            rows, inside, stride_kt, stride_ct, D, D0, D1, R, TABLE_ALIGN,
         )  # fmt: skip
     elif stats_ptr is not None:
         blocks = tl.cdiv(q_len, ROWS)
@@ -66,8 +66,8 @@ def segment_attention_prepare_kernel(
         do_ptr += tl.multiple_of(b * stride_dob + h * stride_doh + start * stride_dot, 8)
         delta = tl.zeros([ROWS], tl.float32)
         for column in tl.static_range(0, 2):
-            o = load_tile(o_ptr, rows, inside, tl.multiple_of(stride_ot, 8), column * D0, D1 if column else D0, D)
-            do = load_tile(do_ptr, rows, inside, tl.multiple_of(stride_dot, 8), column * D0, D1 if column else D0, D)
+            o = load_tile(o_ptr, rows, inside, stride_ot, column * D0, D1 if column else D0, D)
+            do = load_tile(do_ptr, rows, inside, stride_dot, column * D0, D1 if column else D0, D)
             delta += tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
         row = bh * q_len + first + rows
         if dlse_ptr is not None:
@@ -82,17 +82,17 @@ def segment_attention_prepare_kernel(
             rotate_rows(
                 q_ptr + tl.multiple_of(b * stride_qb + h * stride_qh + start * stride_qt, 8),
                 rotated_q_ptr + (bh * q_len + first) * D, cos_ptr, sin_ptr, table,
-                rows, inside, tl.multiple_of(stride_qt, 8), tl.multiple_of(stride_ct, TABLE_ALIGN), D, D0, D1, R,
+                rows, inside, stride_qt, stride_ct, D, D0, D1, R, TABLE_ALIGN,
             )  # fmt: skip
 
 
 @triton.jit
 def rotate_rows(
     from_ptr, to_ptr, cos_ptr, sin_ptr, table_start, rows, inside, stride, table_stride,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr, TABLE_ALIGN: tl.constexpr,
 ):  # fmt: skip
-    x0 = load_turned(from_ptr, rows, inside, stride, cos_ptr, sin_ptr, table_start, table_stride, 0, D0, D, R)
-    x1 = load_turned(from_ptr, rows, inside, stride, cos_ptr, sin_ptr, table_start, table_stride, D0, D1, D, R)
+    x0 = load_turned(from_ptr, rows, inside, stride, cos_ptr, sin_ptr, table_start, table_stride, 0, D0, D, R, TABLE_ALIGN)
+    x1 = load_turned(from_ptr, rows, inside, stride, cos_ptr, sin_ptr, table_start, table_stride, D0, D1, D, R, TABLE_ALIGN)
     store_tile(to_ptr, rows, inside, D, x0, 0, D0, D)
     store_tile(to_ptr, rows, inside, D, x1, D0, D1, D)
 
@@ -126,16 +126,14 @@ def segment_attention_fwd_kernel(
     row64, head64 = first_row.to(tl.int64), h.to(tl.int64)
     q_ptr += tl.multiple_of(b * stride_qb + head64 * stride_qh + row64 * stride_qt, 8)
     table = tl.multiple_of(b * stride_cb + (row64 + offset) * stride_ct, TABLE_ALIGN)
-    stride_qt, stride_ct = tl.multiple_of(stride_qt, 8), tl.multiple_of(stride_ct, TABLE_ALIGN)
-    q0 = load_turned(q_ptr, rows, inside, stride_qt, cos_ptr, sin_ptr, table, stride_ct, 0, D0, D, R)
-    q1 = load_turned(q_ptr, rows, inside, stride_qt, cos_ptr, sin_ptr, table, stride_ct, D0, D1, D, R)
+    q0 = load_turned(q_ptr, rows, inside, stride_qt, cos_ptr, sin_ptr, table, stride_ct, 0, D0, D, R, TABLE_ALIGN)
+    q1 = load_turned(q_ptr, rows, inside, stride_qt, cos_ptr, sin_ptr, table, stride_ct, D0, D1, D, R, TABLE_ALIGN)
     # The scale is positive, so that the largest product gives the largest score; its sign is q's.
     q0, q1 = (q0 * q_sign).to(q0.dtype), (q1 * q_sign).to(q1.dtype)
 
     kv = (h // group).to(tl.int64)
     k_ptr += tl.multiple_of(b * stride_kb + kv * stride_kh, 8)
     v_ptr += tl.multiple_of(b * stride_vb + kv * stride_vh, 8)
-    stride_kt, stride_vt = tl.multiple_of(stride_kt, 8), tl.multiple_of(stride_vt, 8)
     m_i = tl.full([BLOCK_M], FLOOR, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc0, acc1 = zero_tiles(BLOCK_M, D0, D1)
@@ -161,5 +159,5 @@ def segment_attention_fwd_kernel(
     o0, o1, lse = finish(acc0, acc1, m_i, l_i)
     tl.store(lse_ptr + bh.to(tl.int64) * q_len + first_row + rows, lse, mask=inside)
     o_ptr += tl.multiple_of(b * stride_ob + head64 * stride_oh + row64 * stride_ot, 8)
-    store_tile(o_ptr, rows, inside, tl.multiple_of(stride_ot, 8), o0, 0, D0, D)
-    store_tile(o_ptr, rows, inside, tl.multiple_of(stride_ot, 8), o1, D0, D1, D)
+    store_tile(o_ptr, rows, inside, stride_ot, o0, 0, D0, D)
+    store_tile(o_ptr, rows, inside, stride_ot, o1, D0, D1, D)
