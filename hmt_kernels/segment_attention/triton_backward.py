@@ -20,7 +20,7 @@ from hmt_kernels.segment_attention.triton_blocks import (
     rows_times_rows,
     sees,
     store_tile,
-    store_turned_back,
+    turn_rows,
     zero_tiles,
 )
 
@@ -37,8 +37,9 @@ def segment_attention_bwd_dkdv_kernel(
     stride_dkb: tl.int64, stride_dkh: tl.int64, stride_dkt: tl.int32,
     stride_dvb: tl.int64, stride_dvh: tl.int64, stride_dvt: tl.int32,
     stride_cb: tl.int64, stride_ct: tl.int32,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr, HOLE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TABLE_ALIGN: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    WINDOW: tl.constexpr, HOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, TABLE_ALIGN: tl.constexpr,
 ):  # fmt: skip
     # The first keys, which the most rows see, first; the last tile, perhaps short, is seen by the fewest.
     kv_total = tl.num_programs(0) // tl.cdiv(k_len, BLOCK_N)
@@ -81,19 +82,20 @@ def segment_attention_bwd_dkdv_kernel(
         do0 = load_tile(do_tile, rows, inside, stride_dot, 0, D0, D)
         do1 = load_tile(do_tile, rows, inside, stride_dot, D0, D1, D)
         row = stats_ptr + head * q_len + m + rows
+        s = rows_times_rows(k0, k1, q0, q1)  # [BLOCK_N, BLOCK_M]
+        dp = rows_times_rows(v0, v1, do0, do1)
         lse = tl.load(row, mask=inside, other=float("inf"))
-        delta = tl.load(row + num_stats, mask=inside, other=0.0)
-        p = tl.exp2(rows_times_rows(k0, k1, q0, q1) * (scale * LOG2_E) - lse[None, :])  # [BLOCK_N, BLOCK_M]
+        p = tl.exp2(s * (scale * LOG2_E) - lse[None, :])
         if needs_mask(
             n, offset + m, offset + m + BLOCK_M - 1, hole_start, hole_end, window_size, WINDOW, HOLE, BLOCK_N
         ):
             positions = offset + m + rows
             visible = sees(positions[None, :], (n + keys)[:, None], hole_start, hole_end, window_size, WINDOW, HOLE)
             p = tl.where(visible, p, 0.0)
+        delta = tl.load(row + num_stats, mask=inside, other=0.0)
+        ds = (p * (dp - delta[None, :])).to(q0.dtype)
         dv0 = add_matmul(dv0, p.to(do0.dtype), do0)
         dv1 = add_matmul(dv1, p.to(do0.dtype), do1)
-        dp = rows_times_rows(v0, v1, do0, do1)
-        ds = (p * (dp - delta[None, :])).to(q0.dtype)
         dk0 = add_matmul(dk0, ds, q0)
         dk1 = add_matmul(dk1, ds, q1)
 
@@ -101,11 +103,15 @@ def segment_attention_bwd_dkdv_kernel(
     store_tile(dv_ptr, keys, exists, stride_dvt, dv0, 0, D0, D)
     store_tile(dv_ptr, keys, exists, stride_dvt, dv1, D0, D1, D)
     dk_ptr += tl.multiple_of(b * stride_dkb + kv * stride_dkh + n64 * stride_dkt, 8)
-    table = tl.multiple_of(b * stride_cb + n64 * stride_ct, TABLE_ALIGN)
-    store_turned_back(
-        dk_ptr, keys, exists, stride_dkt, cos_ptr, sin_ptr, table,
-        stride_ct, dk0 * scale, dk1 * scale, D0, D1, D, R, TABLE_ALIGN,
-    )  # fmt: skip
+    store_tile(dk_ptr, keys, exists, stride_dkt, dk0 * scale, 0, D0, D)
+    store_tile(dk_ptr, keys, exists, stride_dkt, dk1 * scale, D0, D1, D)
+    if R > 0:
+        tl.debug_barrier()  # each thread rotates back what others have stored
+        table = tl.multiple_of(b * stride_cb + n64 * stride_ct, TABLE_ALIGN)
+        turn_rows(
+            dk_ptr, stride_dkt, dk_ptr, stride_dkt, n, k_len, cos_ptr, sin_ptr, table, stride_ct,
+            -1, BLOCK_N, D, R, HALF, REST, TABLE_ALIGN,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=ANY_ALIGNMENT)
@@ -119,8 +125,9 @@ def segment_attention_bwd_dq_kernel(
     stride_dob: tl.int64, stride_doh: tl.int64, stride_dot: tl.int32,
     stride_dqb: tl.int64, stride_dqh: tl.int64, stride_dqt: tl.int32,
     stride_cb: tl.int64, stride_ct: tl.int32,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr, HOLE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TABLE_ALIGN: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    WINDOW: tl.constexpr, HOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, TABLE_ALIGN: tl.constexpr,
 ):  # fmt: skip
     # Tiles as in the forward kernel.
     bh = tl.program_id(0) % heads
@@ -170,8 +177,12 @@ def segment_attention_bwd_dq_kernel(
         dq1 = add_matmul(dq1, ds, k1)
 
     dq_ptr += tl.multiple_of(b * stride_dqb + head64 * stride_dqh + row64 * stride_dqt, 8)
-    table = tl.multiple_of(b * stride_cb + (row64 + offset) * stride_ct, TABLE_ALIGN)
-    store_turned_back(
-        dq_ptr, rows, inside, stride_dqt, cos_ptr, sin_ptr, table,
-        stride_ct, dq0 * scale, dq1 * scale, D0, D1, D, R, TABLE_ALIGN,
-    )  # fmt: skip
+    store_tile(dq_ptr, rows, inside, stride_dqt, dq0 * scale, 0, D0, D)
+    store_tile(dq_ptr, rows, inside, stride_dqt, dq1 * scale, D0, D1, D)
+    if R > 0:
+        tl.debug_barrier()  # each thread rotates back what others have stored
+        table = tl.multiple_of(b * stride_cb + (row64 + offset) * stride_ct, TABLE_ALIGN)
+        turn_rows(
+            dq_ptr, stride_dqt, dq_ptr, stride_dqt, first_row, q_len, cos_ptr, sin_ptr, table, stride_ct,
+            -1, BLOCK_M, D, R, HALF, REST, TABLE_ALIGN,
+        )  # fmt: skip

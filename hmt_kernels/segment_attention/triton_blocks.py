@@ -19,7 +19,7 @@ PRECISION = tl.constexpr("tf32x3")  # of float32 products; one TF32 product alon
 
 # Arguments that no kernel is compiled for: another length, batch or number of heads takes the kernel that is there.
 RUNTIME_SIZES = (
-    "heads", "q_heads", "kv_heads", "group", "q_len", "k_len", "window_size", "splits", "k_blocks", "q_sign", "scale",
+    "heads", "q_heads", "kv_heads", "group", "q_len", "k_len", "window_size", "splits", "k_blocks", "scale",
     "stride_qb", "stride_qh", "stride_qt", "stride_kb", "stride_kh", "stride_kt", "stride_vb", "stride_vh", "stride_vt",
     "stride_ob", "stride_oh", "stride_ot", "stride_dob", "stride_doh", "stride_dot", "stride_dqb", "stride_dqh",
     "stride_dqt", "stride_dkb", "stride_dkh", "stride_dkt", "stride_dvb", "stride_dvh", "stride_dvt",
@@ -48,67 +48,57 @@ def store_tile(ptr, rows, row_mask, stride, values, START: tl.constexpr, WIDTH: 
         mask = row_mask[:, None]
         if START + WIDTH > D:
             mask = mask & (columns < D)[None, :]
-        tl.store(ptr + tl.multiple_of(rows * stride, 8)[:, None] + columns[None, :], values.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def turn(
-    x, ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride, DIRECTION: tl.constexpr,
-    START: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr,
-    TABLE_ALIGN: tl.constexpr,
-):  # fmt: skip
-    """x, the features START to START + WIDTH of the rows at `ptr`, rotated (DIRECTION = 1) or rotated back (-1).
-
-    The feature that each one turns with is read from `ptr`: that needs no exchange between threads, and the halves
-    of R features may lie across the two tiles of a row in any way.
-    """
-    if WIDTH == 0 or START >= R:
-        return x
-    else:
-        columns = START + tl.arange(0, WIDTH)
-        in_first = columns < R // 2
-        partners = tl.where(in_first, columns + R // 2, columns - R // 2)
-        mask = row_mask[:, None]
-        if START + WIDTH > R:
-            mask = mask & (columns < R)[None, :]
-        partner = tl.load(ptr + tl.multiple_of(rows * stride, 8)[:, None] + partners[None, :], mask=mask, other=0.0).to(tl.float32)
-        table = tl.multiple_of(rows * table_stride, TABLE_ALIGN)[:, None] + columns[None, :]
-        cos = tl.load(cos_ptr + table_start + table, mask=mask, other=1.0).to(tl.float32)
-        sin = tl.load(sin_ptr + table_start + table, mask=mask, other=0.0).to(tl.float32)
-        sign = tl.where(in_first, -1.0 * DIRECTION, 1.0 * DIRECTION)
-        return x.to(tl.float32) * cos + partner * (sin * sign[None, :])
+        tl.store(
+            ptr + tl.multiple_of(rows * stride, 8)[:, None] + columns[None, :],
+            values.to(ptr.dtype.element_ty),
+            mask=mask,
+        )
 
 
 @triton.jit
 def load_turned(
-    ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride,
-    START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-    TABLE_ALIGN: tl.constexpr,
+    ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride, DIRECTION: tl.constexpr,
+    R: tl.constexpr, HALF: tl.constexpr, TABLE_ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """load_tile, then the rotary embedding; in the dtype of `ptr`. R = 0 is none."""
-    x = load_tile(ptr, rows, row_mask, stride, START, WIDTH, D)
-    if R > 0:
-        x = turn(x, ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride, 1, START, WIDTH, R, TABLE_ALIGN)
-    return x.to(ptr.dtype.element_ty)
+    """The first R features of some rows, rotated (DIRECTION = 1) or rotated back (-1): two halves [rows, HALF] float32.
+
+    HALF is a power of two, at least R / 2; zeros beyond that. The tables are read up to R / 2: the rest repeats that.
+    """
+    columns = tl.arange(0, HALF)
+    mask = row_mask[:, None]
+    if R // 2 < HALF:
+        mask = mask & (columns < R // 2)[None, :]
+    pointers = ptr + tl.multiple_of(rows * stride, 8)[:, None] + columns[None, :]
+    table = table_start + tl.multiple_of(rows * table_stride, TABLE_ALIGN)[:, None] + columns[None, :]
+    cos = tl.load(cos_ptr + table, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + table, mask=mask, other=0.0).to(tl.float32) * DIRECTION
+    first = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(pointers + R // 2, mask=mask, other=0.0).to(tl.float32)
+    return first * cos - second * sin, second * cos + first * sin
 
 
 @triton.jit
-def store_turned_back(
-    ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride, x0, x1,
-    D0: tl.constexpr, D1: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-    TABLE_ALIGN: tl.constexpr,
+def turn_rows(
+    from_ptr, from_stride, to_ptr, to_stride, first_row, length, cos_ptr, sin_ptr, table_start, table_stride,
+    DIRECTION: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr,
+    REST: tl.constexpr, TABLE_ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradient x0, x1 of rotated rows as that of the rows themselves."""
-    store_tile(ptr, rows, row_mask, stride, x0, 0, D0, D)
-    store_tile(ptr, rows, row_mask, stride, x1, D0, D1, D)
-    if R > 0:
-        # What was just stored is read back by other threads as the partners, and then overwritten.
-        tl.debug_barrier()
-        x0 = turn(x0, ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride, -1, 0, D0, R, TABLE_ALIGN)
-        x1 = turn(x1, ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride, -1, D0, D1, R, TABLE_ALIGN)
-        tl.debug_barrier()
-        store_tile(ptr, rows, row_mask, stride, x0, 0, D0, D)
-        store_tile(ptr, rows, row_mask, stride, x1, D0, D1, D)
+    """ROWS rows of memory, of which those outside 0 .. length are left out, rotated to elsewhere or back in place."""
+    CHUNK: tl.constexpr = ROWS if ROWS * HALF <= 8192 else 8192 // HALF  # what the registers hold
+    for start in tl.static_range(0, ROWS, CHUNK):
+        rows = start + tl.arange(0, CHUNK)
+        inside = (first_row + rows >= 0) & (first_row + rows < length)
+        first, second = load_turned(
+            from_ptr, rows, inside, from_stride, cos_ptr, sin_ptr, table_start, table_stride,
+            DIRECTION, R, HALF, TABLE_ALIGN,
+        )  # fmt: skip
+        if DIRECTION < 0:
+            tl.debug_barrier()  # all threads have read
+        elif REST > 0:
+            rest = load_tile(from_ptr, rows, inside, from_stride, R, REST, D)
+            store_tile(to_ptr, rows, inside, to_stride, rest, R, REST, D)
+        store_tile(to_ptr, rows, inside, to_stride, first, 0, HALF, R // 2)
+        store_tile(to_ptr, rows, inside, to_stride, second, R // 2, HALF, R)
 
 
 @triton.jit

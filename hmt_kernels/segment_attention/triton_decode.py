@@ -19,6 +19,7 @@ from hmt_kernels.segment_attention.triton_blocks import (
     key_tiles,
     load_tile,
     load_turned,
+    matmul,
     needs_mask,
     rows_times_rows,
     sees,
@@ -29,16 +30,34 @@ from hmt_kernels.segment_attention.triton_blocks import (
 from hmt_kernels.triton_tiles import is_last
 
 
+@triton.jit
+def load_parts(
+    ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride, D: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, TABLE_ALIGN: tl.constexpr,
+):  # fmt: skip
+    """The two tiles of some rows or, with a rotary embedding, their rotated halves and the features that it keeps."""
+    if R > 0:
+        first, second = load_turned(
+            ptr, rows, row_mask, stride, cos_ptr, sin_ptr, table_start, table_stride, 1, R, HALF, TABLE_ALIGN
+        )
+        rest = load_tile(ptr, rows, row_mask, stride, R, REST, D)
+        return first.to(rest.dtype), second.to(rest.dtype), rest
+    else:
+        first = load_tile(ptr, rows, row_mask, stride, 0, D0, D)
+        return first, load_tile(ptr, rows, row_mask, stride, D0, D1, D), first
+
+
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def segment_attention_decode_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, pad_span_ptr, o_ptr, lse_ptr, partial_ptr, stats_ptr, counter_ptr,
     q_heads: tl.int32, kv_heads: tl.int32, group: tl.int32, k_len: tl.int32, window_size: tl.int32, splits: tl.int32,
-    q_sign: tl.float32, scale: tl.float32,
+    scale: tl.float32,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_kb: tl.int64, stride_kh: tl.int64, stride_kt: tl.int32,
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vt: tl.int32,
     stride_ob: tl.int64, stride_oh: tl.int64, stride_cb: tl.int64, stride_ct: tl.int32,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr, HOLE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TABLE_ALIGN: tl.constexpr, SPLIT: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    WINDOW: tl.constexpr, HOLE: tl.constexpr, NEGATIVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, TABLE_ALIGN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     bkv, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
     b, kv = bkv // kv_heads, bkv % kv_heads
@@ -54,9 +73,9 @@ def segment_attention_decode_kernel(
     q_ptr += tl.multiple_of(b * stride_qb + kv * group * stride_qh, 8)
     table_start = tl.multiple_of(b * stride_cb, TABLE_ALIGN)
     table = table_start + tl.multiple_of(position.to(tl.int64) * stride_ct, TABLE_ALIGN)
-    q0 = load_turned(q_ptr, rows, inside, stride_qh, cos_ptr, sin_ptr, table, 0, 0, D0, D, R, TABLE_ALIGN)
-    q1 = load_turned(q_ptr, rows, inside, stride_qh, cos_ptr, sin_ptr, table, 0, D0, D1, D, R, TABLE_ALIGN)
-    q0, q1 = (q0 * q_sign).to(q0.dtype), (q1 * q_sign).to(q1.dtype)
+    q0, q1, q2 = load_parts(
+        q_ptr, rows, inside, stride_qh, cos_ptr, sin_ptr, table, 0, D, D0, D1, R, HALF, REST, TABLE_ALIGN
+    )
 
     k_ptr += tl.multiple_of(b * stride_kb + kv * stride_kh, 8)
     v_ptr += tl.multiple_of(b * stride_vb + kv * stride_vh, 8)
@@ -69,9 +88,14 @@ def segment_attention_decode_kernel(
         k_tile = k_ptr + tl.multiple_of(n.to(tl.int64) * stride_kt, 8)
         v_tile = v_ptr + tl.multiple_of(n.to(tl.int64) * stride_vt, 8)
         table = table_start + tl.multiple_of(n.to(tl.int64) * stride_ct, TABLE_ALIGN)
-        k0 = load_turned(k_tile, keys, exists, stride_kt, cos_ptr, sin_ptr, table, stride_ct, 0, D0, D, R, TABLE_ALIGN)
-        k1 = load_turned(k_tile, keys, exists, stride_kt, cos_ptr, sin_ptr, table, stride_ct, D0, D1, D, R, TABLE_ALIGN)
+        k0, k1, k2 = load_parts(
+            k_tile, keys, exists, stride_kt, cos_ptr, sin_ptr, table, stride_ct, D, D0, D1, R, HALF, REST, TABLE_ALIGN
+        )
         s = rows_times_rows(q0, q1, k0, k1)
+        if R > 0 and REST > 0:
+            s = matmul(q2, tl.trans(k2), s)
+        if NEGATIVE:
+            s = -s
         if needs_mask(n, position, position, hole_start, hole_end, window_size, WINDOW, HOLE, BLOCK_N):
             visible = sees(position, n + keys, hole_start, hole_end, window_size, WINDOW, HOLE)
             s = tl.where(visible[None, :], s, float("-inf"))

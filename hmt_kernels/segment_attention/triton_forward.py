@@ -19,12 +19,12 @@ from hmt_kernels.segment_attention.triton_blocks import (
     hole_of,
     key_tiles,
     load_tile,
-    load_turned,
     needs_mask,
     rows_times_rows,
     sees,
     softmax_step,
     store_tile,
+    turn_rows,
     zero_tiles,
 )
 
@@ -38,7 +38,8 @@ def segment_attention_prepare_kernel(
     stride_ob: tl.int64, stride_oh: tl.int64, stride_ot: tl.int32,
     stride_dob: tl.int64, stride_doh: tl.int64, stride_dot: tl.int32,
     stride_cb: tl.int64, stride_ct: tl.int32,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, TABLE_ALIGN: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    ROWS: tl.constexpr, TABLE_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Row by row: the rotated keys; and, before a backward pass, rotated queries and both numbers of their softmax.
 
@@ -49,12 +50,11 @@ def segment_attention_prepare_kernel(
         blocks = tl.cdiv(k_len, ROWS)
         bh, first = (pid // blocks).to(tl.int64), pid % blocks * ROWS
         b, h = bh // kv_heads, bh % kv_heads
-        rows, inside = tl.arange(0, ROWS), first + tl.arange(0, ROWS) < k_len
-        rotate_rows(
-            k_ptr + tl.multiple_of(b * stride_kb + h * stride_kh + first.to(tl.int64) * stride_kt, 8),
-            rotated_k_ptr + (bh * k_len + first) * D,
-            cos_ptr, sin_ptr, tl.multiple_of(b * stride_cb + first.to(tl.int64) * stride_ct, TABLE_ALIGN),
-            rows, inside, stride_kt, stride_ct, D, D0, D1, R, TABLE_ALIGN,
+        turn_rows(
+            k_ptr + tl.multiple_of(b * stride_kb + h * stride_kh + first.to(tl.int64) * stride_kt, 8), stride_kt,
+            rotated_k_ptr + (bh * k_len + first) * D, D, first, k_len,
+            cos_ptr, sin_ptr, tl.multiple_of(b * stride_cb + first.to(tl.int64) * stride_ct, TABLE_ALIGN), stride_ct,
+            1, ROWS, D, R, HALF, REST, TABLE_ALIGN,
         )  # fmt: skip
     elif stats_ptr is not None:
         blocks = tl.cdiv(q_len, ROWS)
@@ -78,37 +78,27 @@ def segment_attention_prepare_kernel(
         # dlse may be anything where lse is -inf.
         tl.store(stats_ptr + heads.to(tl.int64) * q_len + row, tl.where(some, delta, 0.0), mask=inside)
         if R > 0:
-            table = tl.multiple_of(b * stride_cb + (start + k_len - q_len) * stride_ct, TABLE_ALIGN)
-            rotate_rows(
-                q_ptr + tl.multiple_of(b * stride_qb + h * stride_qh + start * stride_qt, 8),
-                rotated_q_ptr + (bh * q_len + first) * D, cos_ptr, sin_ptr, table,
-                rows, inside, stride_qt, stride_ct, D, D0, D1, R, TABLE_ALIGN,
+            turn_rows(
+                q_ptr + tl.multiple_of(b * stride_qb + h * stride_qh + start * stride_qt, 8), stride_qt,
+                rotated_q_ptr + (bh * q_len + first) * D, D, first, q_len, cos_ptr, sin_ptr,
+                tl.multiple_of(b * stride_cb + (start + k_len - q_len) * stride_ct, TABLE_ALIGN), stride_ct,
+                1, ROWS, D, R, HALF, REST, TABLE_ALIGN,
             )  # fmt: skip
-
-
-@triton.jit
-def rotate_rows(
-    from_ptr, to_ptr, cos_ptr, sin_ptr, table_start, rows, inside, stride, table_stride,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr, TABLE_ALIGN: tl.constexpr,
-):  # fmt: skip
-    x0 = load_turned(from_ptr, rows, inside, stride, cos_ptr, sin_ptr, table_start, table_stride, 0, D0, D, R, TABLE_ALIGN)
-    x1 = load_turned(from_ptr, rows, inside, stride, cos_ptr, sin_ptr, table_start, table_stride, D0, D1, D, R, TABLE_ALIGN)
-    store_tile(to_ptr, rows, inside, D, x0, 0, D0, D)
-    store_tile(to_ptr, rows, inside, D, x1, D0, D1, D)
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def segment_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, pad_span_ptr, o_ptr, lse_ptr,
     heads: tl.int32, q_heads: tl.int32, group: tl.int32, q_len: tl.int32, k_len: tl.int32, window_size: tl.int32,
-    q_sign: tl.float32, scale: tl.float32,
+    scale: tl.float32,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qt: tl.int32,
     stride_kb: tl.int64, stride_kh: tl.int64, stride_kt: tl.int32,
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vt: tl.int32,
     stride_ob: tl.int64, stride_oh: tl.int64, stride_ot: tl.int32,
     stride_cb: tl.int64, stride_ct: tl.int32,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr, HOLE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TABLE_ALIGN: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    WINDOW: tl.constexpr, HOLE: tl.constexpr, NEGATIVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, TABLE_ALIGN: tl.constexpr,
 ):  # fmt: skip
     # The last rows, which see the most keys, first. Tiles are counted from the last row: the short one is the cheapest.
     bh = tl.program_id(0) % heads
@@ -125,11 +115,21 @@ def segment_attention_fwd_kernel(
     inside = first_row + rows >= 0
     row64, head64 = first_row.to(tl.int64), h.to(tl.int64)
     q_ptr += tl.multiple_of(b * stride_qb + head64 * stride_qh + row64 * stride_qt, 8)
-    table = tl.multiple_of(b * stride_cb + (row64 + offset) * stride_ct, TABLE_ALIGN)
-    q0 = load_turned(q_ptr, rows, inside, stride_qt, cos_ptr, sin_ptr, table, stride_ct, 0, D0, D, R, TABLE_ALIGN)
-    q1 = load_turned(q_ptr, rows, inside, stride_qt, cos_ptr, sin_ptr, table, stride_ct, D0, D1, D, R, TABLE_ALIGN)
-    # The scale is positive, so that the largest product gives the largest score; its sign is q's.
-    q0, q1 = (q0 * q_sign).to(q0.dtype), (q1 * q_sign).to(q1.dtype)
+    o_ptr += tl.multiple_of(b * stride_ob + head64 * stride_oh + row64 * stride_ot, 8)
+    if R > 0:
+        # Through this block's own rows of o: the tensor cores take a tile from shared memory that was loaded as it is,
+        # one that was computed from registers, which are what limits this kernel.
+        table = tl.multiple_of(b * stride_cb + (row64 + offset) * stride_ct, TABLE_ALIGN)
+        turn_rows(
+            q_ptr, stride_qt, o_ptr, stride_ot, first_row, q_len, cos_ptr, sin_ptr, table, stride_ct,
+            1, BLOCK_M, D, R, HALF, REST, TABLE_ALIGN,
+        )  # fmt: skip
+        tl.debug_barrier()
+        q0 = load_tile(o_ptr, rows, inside, stride_ot, 0, D0, D)
+        q1 = load_tile(o_ptr, rows, inside, stride_ot, D0, D1, D)
+    else:
+        q0 = load_tile(q_ptr, rows, inside, stride_qt, 0, D0, D)
+        q1 = load_tile(q_ptr, rows, inside, stride_qt, D0, D1, D)
 
     kv = (h // group).to(tl.int64)
     k_ptr += tl.multiple_of(b * stride_kb + kv * stride_kh, 8)
@@ -144,6 +144,8 @@ def segment_attention_fwd_kernel(
         k0 = load_tile(k_tile, keys, exists, stride_kt, 0, D0, D)
         k1 = load_tile(k_tile, keys, exists, stride_kt, D0, D1, D)
         s = rows_times_rows(q0, q1, k0, k1)
+        if NEGATIVE:
+            s = -s
         if needs_mask(n, first_position, last_position, hole_start, hole_end, window_size, WINDOW, HOLE, BLOCK_N):
             positions = offset + first_row + rows
             visible = sees(positions[:, None], (n + keys)[None, :], hole_start, hole_end, window_size, WINDOW, HOLE)
@@ -158,6 +160,5 @@ def segment_attention_fwd_kernel(
 
     o0, o1, lse = finish(acc0, acc1, m_i, l_i)
     tl.store(lse_ptr + bh.to(tl.int64) * q_len + first_row + rows, lse, mask=inside)
-    o_ptr += tl.multiple_of(b * stride_ob + head64 * stride_oh + row64 * stride_ot, 8)
     store_tile(o_ptr, rows, inside, stride_ot, o0, 0, D0, D)
     store_tile(o_ptr, rows, inside, stride_ot, o1, D0, D1, D)

@@ -237,9 +237,10 @@ def _sizes(problem: Problem) -> dict[str, int]:
     }
 
 
-def _scale(problem: Problem) -> dict[str, float]:
-    scale = problem.softmax_scale
-    return {"q_sign": -1.0 if scale < 0 else 1.0, "scale": max(abs(scale) * LOG2_E, SMALLEST_SCALE)}
+def _scale(problem: Problem) -> dict[str, Any]:
+    # Positive, so that the largest product has the largest score.
+    scale = problem.softmax_scale * LOG2_E
+    return {"scale": max(abs(scale), SMALLEST_SCALE), "NEGATIVE": scale < 0}
 
 
 def _strides(name: str, tensor: torch.Tensor | None) -> dict[str, int]:
@@ -256,14 +257,21 @@ def _tables(problem: Problem) -> dict[str, Any]:
         "sin_ptr": problem.sin,
         "stride_cb": table_b,
         "stride_ct": table_t,
-        "R": 0 if cos is None else cos.shape[2],
         "TABLE_ALIGN": 8 if table_b % 8 == 0 and table_t % 8 == 0 else 1,
     }
 
 
 def _widths(problem: Problem) -> dict[str, int]:
     first, second = problem.tiles
-    return {"D": problem.q.shape[3], "D0": first, "D1": second}
+    dim, turned = problem.q.shape[3], 0 if problem.cos is None else problem.cos.shape[2]
+    return {
+        "D": dim,
+        "D0": first,
+        "D1": second,
+        "R": turned,
+        "HALF": max(SMALLEST_TILE, triton.next_power_of_2(turned // 2)) if turned else 0,
+        "REST": max(SMALLEST_TILE, triton.next_power_of_2(dim - turned)) if dim > turned else 0,
+    }
 
 
 def _visibility(problem: Problem) -> dict[str, Any]:
