@@ -10,13 +10,13 @@ import triton.language as tl
 
 from hmt_kernels.segment_attention.triton_blocks import (
     ANY_ALIGNMENT,
-    LOG2_E,
     RUNTIME_SIZES,
     add_matmul,
     hole_of,
     key_tiles,
     load_tile,
     needs_mask,
+    product_by_chunks,
     rows_times_rows,
     sees,
     store_tile,
@@ -29,7 +29,7 @@ from hmt_kernels.segment_attention.triton_blocks import (
 def segment_attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, pad_span_ptr, do_ptr, stats_ptr, dk_ptr, dv_ptr,
     heads: tl.int32, q_heads: tl.int32, kv_heads: tl.int32, group: tl.int32, q_len: tl.int32, k_len: tl.int32,
-    window_size: tl.int32, scale: tl.float32,
+    window_size: tl.int32, dim: tl.int32, scale: tl.float32, exp_scale: tl.float32,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qt: tl.int32,
     stride_kb: tl.int64, stride_kh: tl.int64, stride_kt: tl.int32,
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vt: tl.int32,
@@ -39,7 +39,7 @@ def segment_attention_bwd_dkdv_kernel(
     stride_cb: tl.int64, stride_ct: tl.int32,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
     WINDOW: tl.constexpr, HOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr, TABLE_ALIGN: tl.constexpr,
+    BLOCK_D: tl.constexpr, STAGES: tl.constexpr, TABLE_ALIGN: tl.constexpr, EXP_UNIT: tl.constexpr,
 ):  # fmt: skip
     # The first keys, which the most rows see, first; the last tile, perhaps short, is seen by the fewest.
     kv_total = tl.num_programs(0) // tl.cdiv(k_len, BLOCK_N)
@@ -60,10 +60,11 @@ def segment_attention_bwd_dkdv_kernel(
     n64 = n.to(tl.int64)
     k_ptr += tl.multiple_of(b * stride_kb + kv * stride_kh + n64 * stride_kt, 8)
     v_ptr += tl.multiple_of(b * stride_vb + kv * stride_vh + n64 * stride_vt, 8)
-    k0 = load_tile(k_ptr, keys, exists, stride_kt, 0, D0, D)
-    k1 = load_tile(k_ptr, keys, exists, stride_kt, D0, D1, D)
-    v0 = load_tile(v_ptr, keys, exists, stride_vt, 0, D0, D)
-    v1 = load_tile(v_ptr, keys, exists, stride_vt, D0, D1, D)
+    if BLOCK_D == 0:
+        k0 = load_tile(k_ptr, keys, exists, stride_kt, 0, D0, D)
+        k1 = load_tile(k_ptr, keys, exists, stride_kt, D0, D1, D)
+        v0 = load_tile(v_ptr, keys, exists, stride_vt, 0, D0, D)
+        v1 = load_tile(v_ptr, keys, exists, stride_vt, D0, D1, D)
 
     q_ptr += tl.multiple_of(b * stride_qb + kv * group * stride_qh, 8)
     do_ptr += tl.multiple_of(b * stride_dob + kv * group * stride_doh, 8)
@@ -82,16 +83,21 @@ def segment_attention_bwd_dkdv_kernel(
         do0 = load_tile(do_tile, rows, inside, stride_dot, 0, D0, D)
         do1 = load_tile(do_tile, rows, inside, stride_dot, D0, D1, D)
         row = stats_ptr + head * q_len + m + rows
-        s = rows_times_rows(k0, k1, q0, q1)  # [BLOCK_N, BLOCK_M]
-        dp = rows_times_rows(v0, v1, do0, do1)
+        if BLOCK_D == 0:
+            s = rows_times_rows(k0, k1, q0, q1)  # [BLOCK_N, BLOCK_M]
+            dp = rows_times_rows(v0, v1, do0, do1)
+        else:
+            s = product_by_chunks(k_ptr, keys, exists, stride_kt, q_tile, rows, inside, stride_qt, dim, D, BLOCK_D)
+            dp = product_by_chunks(v_ptr, keys, exists, stride_vt, do_tile, rows, inside, stride_dot, dim, D, BLOCK_D)
         lse = tl.load(row, mask=inside, other=float("inf"))
-        p = tl.exp2(s * (scale * LOG2_E) - lse[None, :])
+        x = s * exp_scale - lse[None, :]
         if needs_mask(
             n, offset + m, offset + m + BLOCK_M - 1, hole_start, hole_end, window_size, WINDOW, HOLE, BLOCK_N
         ):
             positions = offset + m + rows
             visible = sees(positions[None, :], (n + keys)[:, None], hole_start, hole_end, window_size, WINDOW, HOLE)
-            p = tl.where(visible, p, 0.0)
+            x = tl.where(visible, x, float("-inf"))
+        p = tl.exp2(x * EXP_UNIT)
         delta = tl.load(row + num_stats, mask=inside, other=0.0)
         ds = (p * (dp - delta[None, :])).to(q0.dtype)
         dv0 = add_matmul(dv0, p.to(do0.dtype), do0)
@@ -118,7 +124,7 @@ def segment_attention_bwd_dkdv_kernel(
 def segment_attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, pad_span_ptr, do_ptr, stats_ptr, dq_ptr,
     heads: tl.int32, q_heads: tl.int32, group: tl.int32, q_len: tl.int32, k_len: tl.int32,
-    window_size: tl.int32, scale: tl.float32,
+    window_size: tl.int32, dim: tl.int32, scale: tl.float32, exp_scale: tl.float32,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qt: tl.int32,
     stride_kb: tl.int64, stride_kh: tl.int64, stride_kt: tl.int32,
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vt: tl.int32,
@@ -127,7 +133,7 @@ def segment_attention_bwd_dq_kernel(
     stride_cb: tl.int64, stride_ct: tl.int32,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
     WINDOW: tl.constexpr, HOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr, TABLE_ALIGN: tl.constexpr,
+    BLOCK_D: tl.constexpr, STAGES: tl.constexpr, TABLE_ALIGN: tl.constexpr, EXP_UNIT: tl.constexpr,
 ):  # fmt: skip
     # Tiles as in the forward kernel.
     bh = tl.program_id(0) % heads
@@ -145,10 +151,11 @@ def segment_attention_bwd_dq_kernel(
     row64, head64 = first_row.to(tl.int64), h.to(tl.int64)
     q_ptr += tl.multiple_of(b * stride_qb + head64 * stride_qh + row64 * stride_qt, 8)
     do_ptr += tl.multiple_of(b * stride_dob + head64 * stride_doh + row64 * stride_dot, 8)
-    q0 = load_tile(q_ptr, rows, inside, stride_qt, 0, D0, D)
-    q1 = load_tile(q_ptr, rows, inside, stride_qt, D0, D1, D)
-    do0 = load_tile(do_ptr, rows, inside, stride_dot, 0, D0, D)
-    do1 = load_tile(do_ptr, rows, inside, stride_dot, D0, D1, D)
+    if BLOCK_D == 0:
+        q0 = load_tile(q_ptr, rows, inside, stride_qt, 0, D0, D)
+        q1 = load_tile(q_ptr, rows, inside, stride_qt, D0, D1, D)
+        do0 = load_tile(do_ptr, rows, inside, stride_dot, 0, D0, D)
+        do1 = load_tile(do_ptr, rows, inside, stride_dot, D0, D1, D)
     row = stats_ptr + bh.to(tl.int64) * q_len + first_row + rows
     lse = tl.load(row, mask=inside, other=float("inf"))
     delta = tl.load(row + heads.to(tl.int64) * q_len, mask=inside, other=0.0)
@@ -164,14 +171,20 @@ def segment_attention_bwd_dq_kernel(
         v_tile = v_ptr + tl.multiple_of(n.to(tl.int64) * stride_vt, 8)
         k0 = load_tile(k_tile, keys, exists, stride_kt, 0, D0, D)
         k1 = load_tile(k_tile, keys, exists, stride_kt, D0, D1, D)
-        v0 = load_tile(v_tile, keys, exists, stride_vt, 0, D0, D)
-        v1 = load_tile(v_tile, keys, exists, stride_vt, D0, D1, D)
-        p = tl.exp2(rows_times_rows(q0, q1, k0, k1) * (scale * LOG2_E) - lse[:, None])
+        if BLOCK_D == 0:
+            v0 = load_tile(v_tile, keys, exists, stride_vt, 0, D0, D)
+            v1 = load_tile(v_tile, keys, exists, stride_vt, D0, D1, D)
+            s = rows_times_rows(q0, q1, k0, k1)
+            dp = rows_times_rows(do0, do1, v0, v1)
+        else:
+            s = product_by_chunks(q_ptr, rows, inside, stride_qt, k_tile, keys, exists, stride_kt, dim, D, BLOCK_D)
+            dp = product_by_chunks(do_ptr, rows, inside, stride_dot, v_tile, keys, exists, stride_vt, dim, D, BLOCK_D)
+        x = s * exp_scale - lse[:, None]
         if needs_mask(n, first_position, last_position, hole_start, hole_end, window_size, WINDOW, HOLE, BLOCK_N):
             positions = offset + first_row + rows
             visible = sees(positions[:, None], (n + keys)[None, :], hole_start, hole_end, window_size, WINDOW, HOLE)
-            p = tl.where(visible, p, 0.0)
-        dp = rows_times_rows(do0, do1, v0, v1)
+            x = tl.where(visible, x, float("-inf"))
+        p = tl.exp2(x * EXP_UNIT)
         ds = (p * (dp - delta[:, None])).to(k0.dtype)
         dq0 = add_matmul(dq0, ds, k0)
         dq1 = add_matmul(dq1, ds, k1)

@@ -3,7 +3,8 @@
 A row of D features is held as two tiles of power-of-two widths D0 and D1 (80 = 64 + 16). If one is enough, D1 = 0: the
 second is then a single column of zeros, which no function here computes with.
 
-Scores are kept in units of log2(e), so that exp2 serves; the running maximum of a row starts at a very low finite
+exp(x) = exp2(EXP_UNIT * scores): the scale of the scores contains log2(e), EXP_UNIT is 1, except for float32, where
+log2(e) times a large score would round away what matters. The running maximum of a row starts at a very low finite
 number rather than at -inf, so that no difference of two maxima is NaN.
 """
 
@@ -19,7 +20,7 @@ PRECISION = tl.constexpr("tf32x3")  # of float32 products; one TF32 product alon
 
 # Arguments that no kernel is compiled for: another length, batch or number of heads takes the kernel that is there.
 RUNTIME_SIZES = (
-    "heads", "q_heads", "kv_heads", "group", "q_len", "k_len", "window_size", "splits", "k_blocks", "scale",
+    "heads", "q_heads", "kv_heads", "group", "q_len", "k_len", "window_size", "splits", "k_blocks", "dim", "scale",
     "stride_qb", "stride_qh", "stride_qt", "stride_kb", "stride_kh", "stride_kt", "stride_vb", "stride_vh", "stride_vt",
     "stride_ob", "stride_oh", "stride_ot", "stride_dob", "stride_doh", "stride_dot", "stride_dqb", "stride_dqh",
     "stride_dqt", "stride_dkb", "stride_dkh", "stride_dkt", "stride_dvb", "stride_dvh", "stride_dvt",
@@ -121,6 +122,26 @@ def rows_times_rows(a0, a1, b0, b1):
 
 
 @triton.jit
+def product_by_chunks(
+    a_ptr, a_rows, a_mask, a_stride, b_ptr, b_rows, b_mask, b_stride, dim, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """a b^T with BLOCK_D features at a time, read as they are needed: for float32, whose tiles no registers hold.
+
+    `dim` is D again, as the bound of the loop: the compiler would unroll it if it knew how short it is.
+    """
+    columns = tl.arange(0, BLOCK_D)
+    a_pointers = a_ptr + tl.multiple_of(a_rows * a_stride, 8)[:, None] + columns[None, :]
+    b_pointers = b_ptr + tl.multiple_of(b_rows * b_stride, 8)[:, None] + columns[None, :]
+    s = tl.zeros([a_rows.shape[0], b_rows.shape[0]], tl.float32)
+    for d in tl.range(0, dim, BLOCK_D, num_stages=2):
+        exists = (columns < D - d)[None, :]
+        a = tl.load(a_pointers + d, mask=a_mask[:, None] & exists, other=0.0)
+        b = tl.load(b_pointers + d, mask=b_mask[:, None] & exists, other=0.0)
+        s = matmul(a, tl.trans(b), s)
+    return s
+
+
+@triton.jit
 def add_matmul(acc, p, tile):
     if tile.shape[1] == 1:
         return acc
@@ -191,18 +212,19 @@ def sees(positions, keys, hole_start, hole_end, window_size, WINDOW: tl.constexp
 
 
 @triton.jit
-def softmax_step(s, m_i, l_i, scale):
+def softmax_step(s, m_i, l_i, scale, EXP_UNIT: tl.constexpr):
     """p and the new maximum, sum and factor of what was accumulated so far; s = -inf for unseen keys, scale > 0."""
     m_new = tl.maximum(m_i, tl.max(s, axis=1) * scale)
-    p = tl.exp2(s * scale - m_new[:, None])
-    alpha = tl.exp2(m_i - m_new)
+    p = tl.exp2((s * scale - m_new[:, None]) * EXP_UNIT)
+    alpha = tl.exp2((m_i - m_new) * EXP_UNIT)
     return p, m_new, l_i * alpha + tl.sum(p, axis=1), alpha
 
 
 @triton.jit
-def finish(acc0, acc1, m_i, l_i):
+def finish(acc0, acc1, m_i, l_i, EXP_UNIT: tl.constexpr):
     """o0, o1 and lse of rows; zeros and -inf where they saw no key."""
     some = l_i > 0
-    inverse = 1.0 / tl.where(some, l_i, 1.0)
-    lse = tl.where(some, (m_i + tl.log2(tl.where(some, l_i, 1.0))) * LN_2, float("-inf"))
+    l_i = tl.where(some, l_i, 1.0)
+    lse = tl.where(some, m_i * (EXP_UNIT * LN_2) + tl.log2(l_i) * LN_2, float("-inf"))
+    inverse = 1.0 / l_i
     return acc0 * inverse[:, None], acc1 * inverse[:, None], lse

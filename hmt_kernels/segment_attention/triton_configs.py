@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from hmt_kernels.triton_launch import Target
 
-SMALLEST_TILE = 16  # of columns: the depth of one tensor-core instruction
+SMALLEST_TILE = 32  # of columns: narrower ones would not give every thread 16 bytes
 PREPARED_ROWS = 32  # per block of the pass that rotates
 MAX_SPLITS = 64
 MAX_PACKED_HEADS = 64  # query heads that one block decodes
@@ -18,6 +18,7 @@ class Config(NamedTuple):
     block_n: int  # keys per tile
     num_warps: int
     num_stages: int
+    block_d: int = 0  # features per step of a product; 0 for all
 
 
 class Row(NamedTuple):
@@ -33,15 +34,15 @@ TABLE = (
     Row("forward", 64, 2, (8, 9, 10, 12), Config(128, 64, 4, 3), Config(64, 64, 4, 3)),
     Row("forward", 128, 2, (8, 9, 10, 12), Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
     Row("forward", 256, 2, (8, 9, 10, 12), Config(128, 64, 8, 2), Config(64, 32, 4, 2)),
-    Row("forward", 256, 4, (8, 9, 10, 12), Config(64, 32, 4, 2), Config(64, 32, 4, 2)),
+    Row("forward", 256, 4, (8, 9, 10, 12), Config(64, 32, 4, 2, 32), Config(64, 32, 4, 2, 32)),
     Row("dkdv", 64, 2, (8, 9, 10, 12), Config(64, 128, 4, 2), Config(64, 64, 4, 2)),
     Row("dkdv", 128, 2, (8, 9, 10, 12), Config(64, 128, 8, 2), Config(64, 64, 4, 2)),
     Row("dkdv", 256, 2, (8, 9, 10, 12), Config(32, 64, 8, 2), Config(32, 64, 8, 2)),
-    Row("dkdv", 256, 4, (8, 9, 10, 12), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+    Row("dkdv", 256, 4, (8, 9, 10, 12), Config(32, 32, 4, 1, 32), Config(32, 32, 4, 1, 32)),
     Row("dq", 64, 2, (8, 9, 10, 12), Config(128, 64, 4, 2), Config(64, 64, 4, 2)),
     Row("dq", 128, 2, (8, 9, 10, 12), Config(128, 64, 8, 2), Config(64, 64, 4, 2)),
     Row("dq", 256, 2, (8, 9, 10, 12), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
-    Row("dq", 256, 4, (8, 9, 10, 12), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+    Row("dq", 256, 4, (8, 9, 10, 12), Config(32, 32, 4, 1, 32), Config(32, 32, 4, 1, 32)),
     Row("decode", 128, 2, (8, 9, 10, 12), Config(16, 128, 4, 3), Config(16, 64, 4, 3)),
     Row("decode", 256, 4, (8, 9, 10, 12), Config(16, 32, 4, 3), Config(16, 32, 4, 3)),
 )

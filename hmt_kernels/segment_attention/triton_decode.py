@@ -57,7 +57,7 @@ def segment_attention_decode_kernel(
     stride_ob: tl.int64, stride_oh: tl.int64, stride_cb: tl.int64, stride_ct: tl.int32,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
     WINDOW: tl.constexpr, HOLE: tl.constexpr, NEGATIVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr, TABLE_ALIGN: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr, TABLE_ALIGN: tl.constexpr, SPLIT: tl.constexpr, EXP_UNIT: tl.constexpr,
 ):  # fmt: skip
     bkv, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
     b, kv = bkv // kv_heads, bkv % kv_heads
@@ -99,7 +99,7 @@ def segment_attention_decode_kernel(
         if needs_mask(n, position, position, hole_start, hole_end, window_size, WINDOW, HOLE, BLOCK_N):
             visible = sees(position, n + keys, hole_start, hole_end, window_size, WINDOW, HOLE)
             s = tl.where(visible[None, :], s, float("-inf"))
-        p, m_i, l_i, alpha = softmax_step(s, m_i, l_i, scale)
+        p, m_i, l_i, alpha = softmax_step(s, m_i, l_i, scale, EXP_UNIT)
         v0 = load_tile(v_tile, keys, exists, stride_vt, 0, D0, D)
         v1 = load_tile(v_tile, keys, exists, stride_vt, D0, D1, D)
         p = p.to(v0.dtype)
@@ -125,7 +125,7 @@ def segment_attention_decode_kernel(
                 stats = stats_ptr + other * 2 * BLOCK_M + rows
                 part_m, part_l = tl.load(stats), tl.load(stats + BLOCK_M)
                 m_new = tl.maximum(m_i, part_m)
-                old, new = tl.exp2(m_i - m_new), tl.exp2(part_m - m_new)
+                old, new = tl.exp2((m_i - m_new) * EXP_UNIT), tl.exp2((part_m - m_new) * EXP_UNIT)
                 part = partial_ptr + other * BLOCK_M * WIDTH
                 part0 = load_tile(part, rows, inside, WIDTH, 0, D0, WIDTH)
                 acc0 = acc0 * old[:, None] + part0 * new[:, None]
@@ -135,7 +135,7 @@ def segment_attention_decode_kernel(
                 l_i = l_i * old + part_l * new
                 m_i = m_new
     if done:
-        o0, o1, lse = finish(acc0, acc1, m_i, l_i)
+        o0, o1, lse = finish(acc0, acc1, m_i, l_i, EXP_UNIT)
         tl.store(lse_ptr + b * q_heads + kv * group + rows, lse, mask=inside)
         o_ptr += tl.multiple_of(b * stride_ob + kv * group * stride_oh, 8)
         store_tile(o_ptr, rows, inside, stride_oh, o0, 0, D0, D)

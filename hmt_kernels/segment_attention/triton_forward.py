@@ -20,6 +20,7 @@ from hmt_kernels.segment_attention.triton_blocks import (
     key_tiles,
     load_tile,
     needs_mask,
+    product_by_chunks,
     rows_times_rows,
     sees,
     softmax_step,
@@ -39,11 +40,11 @@ def segment_attention_prepare_kernel(
     stride_dob: tl.int64, stride_doh: tl.int64, stride_dot: tl.int32,
     stride_cb: tl.int64, stride_ct: tl.int32,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-    ROWS: tl.constexpr, TABLE_ALIGN: tl.constexpr,
+    ROWS: tl.constexpr, TABLE_ALIGN: tl.constexpr, EXP_UNIT: tl.constexpr,
 ):  # fmt: skip
     """Row by row: the rotated keys; and, before a backward pass, rotated queries and both numbers of their softmax.
 
-    stats[0] = log2(e) lse, +inf for a row that sees no key: its probabilities are then zero. stats[1] = do . o - dlse.
+    stats[0] = lse in the unit of the scores, +inf for a row that sees no key: its probabilities are then zero. stats[1] = do . o - dlse.
     """
     pid = tl.program_id(0)
     if pid < k_blocks:
@@ -74,7 +75,7 @@ def segment_attention_prepare_kernel(
             delta -= tl.load(dlse_ptr + row, mask=inside, other=0.0)
         lse = tl.load(lse_ptr + row, mask=inside, other=0.0)
         some = lse > float("-inf")
-        tl.store(stats_ptr + row, tl.where(some, lse * LOG2_E, float("inf")), mask=inside)
+        tl.store(stats_ptr + row, tl.where(some, lse * (LOG2_E / EXP_UNIT), float("inf")), mask=inside)
         # dlse may be anything where lse is -inf.
         tl.store(stats_ptr + heads.to(tl.int64) * q_len + row, tl.where(some, delta, 0.0), mask=inside)
         if R > 0:
@@ -90,7 +91,7 @@ def segment_attention_prepare_kernel(
 def segment_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, pad_span_ptr, o_ptr, lse_ptr,
     heads: tl.int32, q_heads: tl.int32, group: tl.int32, q_len: tl.int32, k_len: tl.int32, window_size: tl.int32,
-    scale: tl.float32,
+    dim: tl.int32, scale: tl.float32,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qt: tl.int32,
     stride_kb: tl.int64, stride_kh: tl.int64, stride_kt: tl.int32,
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vt: tl.int32,
@@ -98,7 +99,7 @@ def segment_attention_fwd_kernel(
     stride_cb: tl.int64, stride_ct: tl.int32,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
     WINDOW: tl.constexpr, HOLE: tl.constexpr, NEGATIVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr, TABLE_ALIGN: tl.constexpr,
+    BLOCK_D: tl.constexpr, STAGES: tl.constexpr, TABLE_ALIGN: tl.constexpr, EXP_UNIT: tl.constexpr,
 ):  # fmt: skip
     # The last rows, which see the most keys, first. Tiles are counted from the last row: the short one is the cheapest.
     bh = tl.program_id(0) % heads
@@ -125,9 +126,8 @@ def segment_attention_fwd_kernel(
             1, BLOCK_M, D, R, HALF, REST, TABLE_ALIGN,
         )  # fmt: skip
         tl.debug_barrier()
-        q0 = load_tile(o_ptr, rows, inside, stride_ot, 0, D0, D)
-        q1 = load_tile(o_ptr, rows, inside, stride_ot, D0, D1, D)
-    else:
+        q_ptr, stride_qt = o_ptr, stride_ot
+    if BLOCK_D == 0:
         q0 = load_tile(q_ptr, rows, inside, stride_qt, 0, D0, D)
         q1 = load_tile(q_ptr, rows, inside, stride_qt, D0, D1, D)
 
@@ -141,16 +141,19 @@ def segment_attention_fwd_kernel(
         n = start + (i + tl.where(i >= skip_from, skipped, 0)) * BLOCK_N
         exists = n + keys >= 0
         k_tile = k_ptr + tl.multiple_of(n.to(tl.int64) * stride_kt, 8)
-        k0 = load_tile(k_tile, keys, exists, stride_kt, 0, D0, D)
-        k1 = load_tile(k_tile, keys, exists, stride_kt, D0, D1, D)
-        s = rows_times_rows(q0, q1, k0, k1)
+        if BLOCK_D == 0:
+            k0 = load_tile(k_tile, keys, exists, stride_kt, 0, D0, D)
+            k1 = load_tile(k_tile, keys, exists, stride_kt, D0, D1, D)
+            s = rows_times_rows(q0, q1, k0, k1)
+        else:
+            s = product_by_chunks(q_ptr, rows, inside, stride_qt, k_tile, keys, exists, stride_kt, dim, D, BLOCK_D)
         if NEGATIVE:
             s = -s
         if needs_mask(n, first_position, last_position, hole_start, hole_end, window_size, WINDOW, HOLE, BLOCK_N):
             positions = offset + first_row + rows
             visible = sees(positions[:, None], (n + keys)[None, :], hole_start, hole_end, window_size, WINDOW, HOLE)
             s = tl.where(visible, s, float("-inf"))
-        p, m_i, l_i, alpha = softmax_step(s, m_i, l_i, scale)
+        p, m_i, l_i, alpha = softmax_step(s, m_i, l_i, scale, EXP_UNIT)
         v_tile = v_ptr + tl.multiple_of(n.to(tl.int64) * stride_vt, 8)
         v0 = load_tile(v_tile, keys, exists, stride_vt, 0, D0, D)
         v1 = load_tile(v_tile, keys, exists, stride_vt, D0, D1, D)
@@ -158,7 +161,7 @@ def segment_attention_fwd_kernel(
         acc0 = add_matmul(acc0 * alpha[:, None], p, v0)
         acc1 = add_matmul(acc1 * alpha[:, None], p, v1)
 
-    o0, o1, lse = finish(acc0, acc1, m_i, l_i)
+    o0, o1, lse = finish(acc0, acc1, m_i, l_i, EXP_UNIT)
     tl.store(lse_ptr + bh.to(tl.int64) * q_len + first_row + rows, lse, mask=inside)
     store_tile(o_ptr, rows, inside, stride_ot, o0, 0, D0, D)
     store_tile(o_ptr, rows, inside, stride_ot, o1, D0, D1, D)

@@ -113,7 +113,7 @@ def plan_forward(problem: Problem, k: torch.Tensor, o: torch.Tensor, lse: torch.
         **_tables(problem),
         **_widths(problem),
         **_visibility(problem),
-        **_blocks(config),
+        **_blocks(problem, config),
     }
     grid = batch * q_heads * math.ceil(q_len / config.block_m)
     return Launch(segment_attention_fwd_kernel, grid, arguments, config.num_warps)
@@ -153,7 +153,9 @@ def plan_decode(problem: Problem, o: torch.Tensor, lse: torch.Tensor) -> Launch:
         **_tables(problem),
         **_widths(problem),
         **_visibility(problem),
-        **_blocks(config),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "STAGES": config.num_stages,
         "SPLIT": splits > 1,
     }
     return Launch(segment_attention_decode_kernel, batch * kv_heads * splits, arguments, config.num_warps)
@@ -209,6 +211,7 @@ def _backward_arguments(
         "stats_ptr": stats,
         **_sizes(problem),
         "scale": problem.softmax_scale,
+        "exp_scale": _exp_scale(problem),
         **_strides("q", q),
         **_strides("k", k),
         **_strides("v", problem.v),
@@ -216,7 +219,7 @@ def _backward_arguments(
         **_tables(problem),
         **_widths(problem),
         **_visibility(problem),
-        **_blocks(config),
+        **_blocks(problem, config),
     }
 
 
@@ -239,8 +242,15 @@ def _sizes(problem: Problem) -> dict[str, int]:
 
 def _scale(problem: Problem) -> dict[str, Any]:
     # Positive, so that the largest product has the largest score.
-    scale = problem.softmax_scale * LOG2_E
-    return {"scale": max(abs(scale), SMALLEST_SCALE), "NEGATIVE": scale < 0}
+    return {"scale": max(abs(_exp_scale(problem)), SMALLEST_SCALE), "NEGATIVE": problem.softmax_scale < 0}
+
+
+def _exp_scale(problem: Problem) -> float:
+    return problem.softmax_scale * LOG2_E / _exp_unit(problem)
+
+
+def _exp_unit(problem: Problem) -> float:
+    return LOG2_E if problem.q.dtype == torch.float32 else 1.0
 
 
 def _strides(name: str, tensor: torch.Tensor | None) -> dict[str, int]:
@@ -271,6 +281,7 @@ def _widths(problem: Problem) -> dict[str, int]:
         "R": turned,
         "HALF": max(SMALLEST_TILE, triton.next_power_of_2(turned // 2)) if turned else 0,
         "REST": max(SMALLEST_TILE, triton.next_power_of_2(dim - turned)) if dim > turned else 0,
+        "EXP_UNIT": _exp_unit(problem),
     }
 
 
@@ -279,5 +290,11 @@ def _visibility(problem: Problem) -> dict[str, Any]:
     return {"pad_span_ptr": problem.pad_span, "WINDOW": windowed, "HOLE": problem.pad_span is not None}
 
 
-def _blocks(config: Config) -> dict[str, int]:
-    return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "STAGES": config.num_stages}
+def _blocks(problem: Problem, config: Config) -> dict[str, int]:
+    return {
+        "dim": problem.q.shape[3],
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": config.block_d,
+        "STAGES": config.num_stages,
+    }
