@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from hmt_kernels import triton_launch
-from hmt_kernels.segment_attention.triton_configs import MAX_PACKED_HEADS
+from hmt_kernels.segment_attention.triton_configs import decodes
 from hmt_kernels.segment_attention.triton_forward import segment_attention_fwd_kernel
 from hmt_kernels.segment_attention.triton_plans import (
     Problem,
@@ -64,7 +64,7 @@ def forward(
     problem = _problem(q, k, v, cos, sin, pad_span, window_size, softmax_scale)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     o, o_rows = _empty_output(q)
-    if q.shape[2] == 1 and problem.group <= MAX_PACKED_HEADS:
+    if decodes(q.shape[2], problem.group, sum(problem.tiles), q.element_size()):
         _run(plan_decode(problem, o_rows, lse), q.device)
     else:
         rotated_k = _empty_rotated(problem.k, cos)

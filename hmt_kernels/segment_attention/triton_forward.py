@@ -44,7 +44,8 @@ def segment_attention_prepare_kernel(
 ):  # fmt: skip
     """Row by row: the rotated keys; and, before a backward pass, rotated queries and both numbers of their softmax.
 
-    stats[0] = lse in the unit of the scores, +inf for a row that sees no key: its probabilities are then zero. stats[1] = do . o - dlse.
+    stats[0] = lse in the unit of the scores, +inf for a row that sees no key: it gets no probabilities.
+    stats[1] = do . o - dlse.
     """
     pid = tl.program_id(0)
     if pid < k_blocks:
