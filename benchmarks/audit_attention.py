@@ -55,8 +55,8 @@ def attention_case(
         "dq": lambda: plans.plan_dq(problem, q, k, q, stats, q),
     }[direction]()
     label = f"attention {direction} D{dim} {str(dtype).removeprefix('torch.')} {tile_of(launch)}"
-    # lse and delta, which a thread loads for each of its rows where no pipeline does.
-    short_loads = {"dkdv": 16 if dtype == torch.float32 else 2, "prepare": 2}.get(direction, 0)
+    # lse and its like, which a thread loads for each of its rows where no pipeline brings them.
+    short_loads = {"dkdv": 16 if launch.arguments.get("BLOCK_D") else 2, "prepare": 3}.get(direction, 0)
     tensor_cores = direction in ("forward", "dkdv", "dq") and dtype != torch.float32
     return Case(label, target, launch, tensor_cores, short_loads)
 

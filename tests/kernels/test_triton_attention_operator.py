@@ -14,10 +14,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_inputs(q_len, dtype=torch.float32, dim=16):
-    sizes = ((4, q_len), (2, 7), (2, 7))
-    q, k, v = (torch.randn(2, heads, length, dim, dtype=dtype, device=DEVICE) for heads, length in sizes)
+    sizes = ((2, q_len), (1, 7), (1, 7))
+    q, k, v = (torch.randn(1, heads, length, dim, dtype=dtype, device=DEVICE) for heads, length in sizes)
     angles = torch.rand(1, 7, 4, device=DEVICE).repeat(1, 1, 2)
-    span = torch.tensor([[1, 4], [0, 3]], dtype=torch.int32, device=DEVICE)
+    span = torch.tensor([[1, 4]], dtype=torch.int32, device=DEVICE)
     return (q, k, v), (angles.cos(), angles.sin(), span)
 
 
