@@ -271,7 +271,7 @@ def _tables(problem: Problem) -> dict[str, Any]:
     }
 
 
-def _widths(problem: Problem) -> dict[str, int]:
+def _widths(problem: Problem) -> dict[str, int | float]:
     first, second = problem.tiles
     dim, turned = problem.q.shape[3], 0 if problem.cos is None else problem.cos.shape[2]
     return {

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import interpreter_bf16
 import pytest
 import test_golden
 
 from hmt_kernels import use_impl
 from hmt_kernels.segment_attention import triton as implementation
+
+if implementation.INTERPRETED:
+    interpreter_bf16.install()
 
 
 @pytest.fixture
@@ -28,7 +32,7 @@ def calls(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("name", ["a_llama_evict", "e3_opt_proj_leftpad"])
+@pytest.mark.parametrize("name", ["d1_rmt_sensory4", "e3_opt_proj_leftpad"])
 def test_forward_and_gradients(name, calls):
     with use_impl("triton"):
         test_golden.test_forward(name)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import interpreter_bf16
 import pytest
 import torch
 from torch.library import opcheck
 
 import hmt_kernels
 from hmt_kernels import segment_attention
+from hmt_kernels.segment_attention import triton as implementation
+
+if implementation.INTERPRETED:
+    interpreter_bf16.install()
 
 OPS = torch.ops.hmt_kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
