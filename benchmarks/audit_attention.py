@@ -1,6 +1,6 @@
 """The launches of segment_attention that the audit compiles: every row of its table of configurations, on meta tensors.
 
-All of them with rotary tables, a window and a hole: what these add costs registers, so the others fit too.
+All of them with rotary tables, a window and a hole; those of the commonest head dimensions also without any.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from hmt_kernels.segment_attention import triton_plans as plans
 from hmt_kernels.segment_attention.triton_configs import decodes
 from hmt_kernels.triton_launch import Launch, Target
 
+PLAIN = {"cos": None, "sin": None, "pad_span": None, "window_size": None}
 DIRECTIONS = ("forward", "dkdv", "dq", "decode")
 
 
@@ -25,11 +26,12 @@ def attention_cases(target: Target, every_shape: bool) -> Iterator[Case]:
             for dim in dims:
                 if direction == "decode" and not decodes(1, 2, dim, dtype.itemsize):
                     continue  # another kernel takes it
-                large = attention_case(direction, 8, dim, dtype, target)
-                small = attention_case(direction, 1, dim, dtype, target)
-                yield large
-                if small.label != large.label:
-                    yield small
+                for settings in ({}, PLAIN) if every_shape or (dim in (64, 128) and dtype == torch.bfloat16) else ({},):
+                    large = attention_case(direction, 8, dim, dtype, target, **settings)
+                    small = attention_case(direction, 1, dim, dtype, target, **settings)
+                    yield large
+                    if small.label != large.label:
+                        yield small
     for dim in (64, 96) if every_shape else (96,):
         yield attention_case("prepare", 8, dim, torch.bfloat16, target)
 
@@ -54,7 +56,8 @@ def attention_case(
         "dkdv": lambda: plans.plan_dkdv(problem, q, k, q, stats, k, k),
         "dq": lambda: plans.plan_dq(problem, q, k, q, stats, q),
     }[direction]()
-    label = f"attention {direction} D{dim} {str(dtype).removeprefix('torch.')} {tile_of(launch)}"
+    plain = " plain" if settings == PLAIN else ""
+    label = f"attention {direction} D{dim} {str(dtype).removeprefix('torch.')} {tile_of(launch)}{plain}"
     # lse and its like, which a thread loads for each of its rows where no pipeline brings them.
     short_loads = {"dkdv": 16 if launch.arguments.get("BLOCK_D") else 2, "prepare": 3}.get(direction, 0)
     tensor_cores = direction in ("forward", "dkdv", "dq") and dtype != torch.float32

@@ -53,7 +53,7 @@ WGMMA = (
     Row("forward", 256, Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
     Row("dkdv", 64, Config(64, 128, 8, 3), Config(64, 64, 4, 3)),
     Row("dkdv", 96, Config(32, 64, 4, 3), Config(32, 64, 4, 3)),
-    Row("dkdv", 128, Config(32, 128, 8, 3), Config(32, 64, 4, 2)),
+    Row("dkdv", 128, Config(32, 128, 8, 3), Config(32, 64, 8, 3)),
     Row("dkdv", 256, Config(32, 64, 8, 2, 64), Config(32, 64, 8, 2, 64)),
     Row("dq", 64, Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
     Row("dq", 128, Config(128, 64, 8, 2), Config(64, 32, 4, 3)),

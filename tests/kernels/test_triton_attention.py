@@ -41,6 +41,9 @@ CASES = {
     "hole-end": {
         "shape": (2, 3, 3, 63, 63, 80), "dtype": FP32, "rotary": (1, 80, FP32), "pad_span": [(33, 63), (5, 99)],
     },
+    "hole-empty": {
+        "shape": (3, 1, 1, 17, 70, 32), "dtype": FP16, "pad_span": [(0, 0), (55, 55), (70, 30)], "window_size": 20,
+    },
     "hole-everything": {"shape": (2, 1, 1, 128, 128, 96), "dtype": FP16, "pad_span": [(0, 128), (64, 128)]},
     "hole-of-most-tiles": {"shape": (1, 1, 1, 546, 546, 32), "dtype": FP16, "pad_span": [(17, 500)]},
     "window": {"shape": (1, 3, 1, 200, 200, 64), "dtype": FP16, "window_size": 50, "rotary": (1, 16, FP16)},
