@@ -42,16 +42,18 @@ def parse(dump: str) -> list[Code]:
 
 
 def streaming_loads(instructions: list[Instruction]) -> tuple[int, int]:
-    """Global loads of 16 bytes or more, and of less, in the loops before the first atomic.
+    """Global loads of 16 bytes or more, and of less, in the loops before the first atomic; anywhere without a loop.
 
     The first atomic counts the blocks that are done; what follows it reads partial results, not the inputs.
     """
     atomics = [i.address for i in instructions if i.opcode.startswith(("ATOMG", "RED"))]
     first_atomic = min(atomics, default=instructions[-1].address + 1)
+    streaming = [(start, end) for start, end in loops(instructions) if end < first_atomic]
+    streaming = streaming or [(0, first_atomic - 1)]
     wide = narrow = 0
     for instruction in instructions:
         width = load_width(instruction.opcode)
-        if width and any(start <= instruction.address <= end < first_atomic for start, end in loops(instructions)):
+        if width and any(start <= instruction.address <= end for start, end in streaming):
             wide += width >= 16
             narrow += width < 16
     return wide, narrow
