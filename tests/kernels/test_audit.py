@@ -97,7 +97,7 @@ problems = {"nothing": audited()}
 change("attention_fwd.cu", r"__launch_bounds__\(kAttentionThreads, 2\)", "__launch_bounds__(kAttentionThreads, 8)")
 problems["few registers"] = audited()
 change("attention_fwd.cu", r"__launch_bounds__\(kAttentionThreads, 8\)", "")
-change("attention_tile.cuh", r"mma<T>\((c\[.*?\]), (\w+), (\w+\[\d\]), (\w+\[\d\])\)", r"\1[0] += \2[0] + \3 + \4")
+change("attention_tile.cuh", r"mma<T>\((c\[.*?\]), (\w+\[m\]), (\w+\[\d\]), (\w+\[\d\])\)", r"\1[0] += \2[0] + \3 + \4")
 problems["no products"] = audited()
 print(json.dumps(problems))
 """
