@@ -10,6 +10,7 @@ import torch
 from benchmarks import THREADS, results
 
 TABLES = pytest.StashKey[dict[str, list[dict[str, object]]]]()
+ABSENT = pytest.StashKey[dict[str, str]]()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,8 +33,21 @@ def rows(request: pytest.FixtureRequest) -> Iterator[list[dict[str, object]]]:
         request.config.stash.setdefault(TABLES, {})[name] = measured
 
 
+@pytest.fixture(scope="module")
+def absent(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
+    """Providers that did not run, with the reason; they are listed after the tables."""
+    reasons: dict[str, str] = {}
+    yield reasons
+    request.config.stash.setdefault(ABSENT, {}).update(reasons)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for name, measured in config.stash.get(TABLES, {}).items():
         terminalreporter.section(f"benchmarks/results/{name}.csv")
         for line in results.table(measured):
             terminalreporter.write_line(line)
+    absent = config.stash.get(ABSENT, {})
+    if absent:
+        terminalreporter.section("not run")
+        for name, reason in absent.items():
+            terminalreporter.write_line(f"{name}: {reason}")

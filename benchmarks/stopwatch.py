@@ -38,17 +38,17 @@ def turn(call: Callable[[], object], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def calls_per_turn(call: Callable[[], object]) -> int:
-    """How many calls make a turn of about SECONDS_PER_TURN, from one call after a warm-up."""
+def calls_per_turn(call: Callable[[], object], seconds: float = SECONDS_PER_TURN) -> int:
+    """How many calls make a turn of about so many seconds, from one call after a warm-up."""
     call()
-    return max(1, min(MAX_CALLS, int(SECONDS_PER_TURN / turn(call, 1))))
+    return max(1, min(MAX_CALLS, int(seconds / turn(call, 1))))
 
 
 class Turns:
     """Seconds per call of every provider, a list entry per round."""
 
-    def __init__(self, providers: Mapping[str, Callable[[], object]]):
-        self._calls = {name: (call, calls_per_turn(call)) for name, call in providers.items()}
+    def __init__(self, providers: Mapping[str, Callable[[], object]], seconds_per_turn: float = SECONDS_PER_TURN):
+        self._calls = {name: (call, calls_per_turn(call, seconds_per_turn)) for name, call in providers.items()}
         self.seconds: dict[str, list[float]] = {name: [] for name in providers}
 
     def take(self, name: str) -> None:

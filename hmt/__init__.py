@@ -6,9 +6,10 @@ from hmt import attention
 from hmt.config import HMTConfig
 from hmt.model import HMTForCausalLM, HMTOutput
 from hmt.recall import MemoryRecall
+from hmt.rotary import fuse_rotary, unfuse_rotary
 from hmt.state import HMTState
 
-__all__ = ["HMTConfig", "HMTForCausalLM", "HMTOutput", "HMTState", "MemoryRecall"]
+__all__ = ["HMTConfig", "HMTForCausalLM", "HMTOutput", "HMTState", "MemoryRecall", "fuse_rotary", "unfuse_rotary"]
 
 attention.register()
 AutoConfig.register("hmt", HMTConfig, exist_ok=True)

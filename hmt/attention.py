@@ -1,10 +1,11 @@
 """attn_implementation="hmt": segment_attention as an attention function of transformers, with its own mask function.
 
-The mask function never materialises what the operator computes by itself: no mask for plain causal attention
-(sliding windows included), an int32 tensor [B, 1, 1, 2] for one run of padding (`pad_span`), and a boolean mask
-[B, 1, Tq, Tk] for anything else, which SDPA then handles. The span has four dimensions because transformers takes a
-tensor of two for the padding mask itself when generate() prepares masks ahead of the model. A caller that knows its
-padding passes the span itself, or [B, 1, 1, 0] for none: then nobody looks at the values of masks or positions.
+The mask function never materialises what the operator computes by itself: no mask for plain causal attention, an int32
+tensor for one run of padding (`pad_span`) and for a sliding window, and a boolean mask [B, 1, Tq, Tk], which SDPA then
+handles, for anything else. The int32 tensor is [B, 1 or 2, 1, 0 or 2]: 2 in the second place tells of a window, in the
+last of a span. It has four dimensions because transformers takes a tensor of two for the padding mask itself when
+generate() prepares masks ahead of the model. A caller that knows its padding passes the
+int32 tensor itself: then nobody looks at the values of masks or positions.
 """
 
 from __future__ import annotations
@@ -41,22 +42,24 @@ def hmt_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Smallest description of the mask that transformers asks for: None, a pad_span [B, 1, 1, 2] or a boolean mask."""
+    """Smallest description of the mask that transformers asks for: None, an int32 description or a boolean mask."""
     config = kwargs.get("config")
     windowed = local_size is not None and local_size == getattr(config, "sliding_window", None)
     plain = allow_is_causal_skip and (mask_function is causal_mask_function or windowed)
     # the keys must end with the queries' own, which a static cache does not guarantee
     aligned = not isinstance(q_offset, Tensor) and kv_offset + kv_length == q_offset + q_length
     if plain and aligned:
+        nothing = torch.empty(batch_size, 2, 1, 0, dtype=torch.int32, device=kwargs.get("device")) if windowed else None
         if attention_mask is None:
-            return None
+            return nothing
         visible = attention_mask[:, kv_offset : kv_offset + kv_length]
-        if visible.shape[1] == kv_length:
+        # padding is read on the host, which compiled code cannot do
+        if visible.shape[1] == kv_length and not torch.compiler.is_compiling():
             if bool(visible.all()):
-                return None
+                return nothing
             span = pad_span_of(visible)
             if span is not None:
-                return span[:, None, None]
+                return span[:, None, None].expand(-1, 1 + windowed, -1, -1)
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -97,15 +100,35 @@ def hmt_attention(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     pad_span = None
     if attention_mask is not None and attention_mask.dtype == torch.int32:
-        pad_span, attention_mask = attention_mask[:, 0, 0] if attention_mask.shape[3] else None, None
+        pad_span, sliding_window = read_mask(module, attention_mask, sliding_window)
+        attention_mask = None
     if attention_mask is not None or dropout or not causal or "position_bias" in kwargs:
         if attention_mask is None and causal:
             attention_mask = _dense_mask(query, key, pad_span, sliding_window)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
+    query, key, value = as_autocast(query, key, value)
     out = segment_attention(query, key, value, pad_span=pad_span, window_size=sliding_window, softmax_scale=scaling)
     return cast(Tensor, out).transpose(1, 2).contiguous(), None
+
+
+def read_mask(module: Any, mask: Tensor, window_size: int | None) -> tuple[Tensor | None, int | None]:
+    """pad_span [B, 2] and window of an int32 mask; some layers do not say themselves that they have a window."""
+    if window_size is None and mask.shape[1] == 2:
+        window_size = module.config.sliding_window
+    return mask[:, 0, 0] if mask.shape[3] else None, window_size
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype that torch.autocast gives SDPA; rotary tables in float32 raise q and k, but not v."""
+    device_type = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return tensors
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def _dense_mask(query: Tensor, key: Tensor, pad_span: Tensor | None, window_size: int | None) -> Tensor:

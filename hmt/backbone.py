@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from hmt import last_layer, rotary
+
 
 def unwrap(model: PreTrainedModel) -> PreTrainedModel:
     """The causal LM inside a PEFT wrapper (its LoRA layers stay injected), or the model itself."""
@@ -24,19 +26,30 @@ def embed(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def run_layers(
-    model: PreTrainedModel, embeds: Tensor, mask: Tensor | None = None, cache: Cache | None = None, **kwargs: Any
+    model: PreTrainedModel,
+    embeds: Tensor,
+    mask: Tensor | None = None,
+    cache: Cache | None = None,
+    last_rows: int | None = None,
+    **kwargs: Any,
 ) -> Any:
     """The backbone without its LM head on [B, T, d] embeddings; `.last_hidden_state` is taken after the final norm.
 
     mask [B, past + T] is true where a key may be seen; None means everywhere; an int32 tensor [B, 1, 1, 2] is a hidden
-    range of keys, for a backbone that `takes_spans`. Attention is causal in any case.
+    range of keys, for a backbone that `takes_spans`. Attention is causal in any case. With
+    last_rows, `.last_hidden_state` holds that many last positions, and the last layer computes no others if it can.
     """
     decoder = unwrap(model).base_model
     if mask is None and takes_spans(model):
         mask = torch.empty(len(embeds), 1, 1, 0, dtype=torch.int32, device=embeds.device)
     if cache is not None:
         kwargs[_cache_argument(type(decoder).forward)] = cache
-    return decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=cache is not None, **kwargs)
+    if last_rows is not None and last_layer.takes_last_rows(decoder):
+        kwargs.update(last_rows=last_rows)
+    out = decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=cache is not None, **kwargs)
+    if last_rows is not None:
+        out.last_hidden_state = out.last_hidden_state[:, -last_rows:]
+    return out
 
 
 @functools.cache
@@ -118,3 +131,20 @@ def _check_outputs(model: PreTrainedModel, name: str) -> None:
             f"backbone {name} computes its logits in a way that hmt does not know (not its LM head on the last "
             f"hidden state): please report the architecture"
         )
+
+
+def patch_layers(model: PreTrainedModel, fused_rotary: bool | None) -> None:
+    """Follow `HMTConfig.fused_rotary`: both patches of single layers, or neither.
+
+    Raises:
+        ValueError: True for a model that cannot have them, with the reason.
+    """
+    if fused_rotary is False:
+        last_layer.restore(model)
+        rotary.unfuse_rotary(model)
+    elif fused_rotary:
+        rotary.fuse_rotary(model, everywhere=True)
+    elif rotary.why_not(model) is None:
+        rotary.install(model, everywhere=False)
+    if fused_rotary is not False:
+        last_layer.shorten(model)

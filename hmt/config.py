@@ -31,6 +31,8 @@ class HMTConfig(PreTrainedConfig):
         recall_dim: width h of the recall projections; None means the embedding width d.
         recall_softmax_scale: scale of the recall scores; None means 1/sqrt(h). HMT-pytorch trained its
             checkpoints with d, h >= 4096 at 1/h.
+        fused_rotary: rotate queries and keys inside the attention kernel (see `hmt.fuse_rotary`). None does it where
+            the backbone allows and a kernel gains by it, True everywhere or not at all (ValueError), False never.
         summary_batch_size: rows of one summary pass; larger is faster until the pass no longer fits caches or memory.
         loss_chunk_size: positions whose logits the loss holds at once.
         rematerialize: recompute all segments but a call's last in the backward pass, so that training holds the
@@ -61,6 +63,7 @@ class HMTConfig(PreTrainedConfig):
     summary_source: str = "current"
     recall_dim: int | None = None
     recall_softmax_scale: float | None = None
+    fused_rotary: bool | None = None
     summary_batch_size: int = 8
     loss_chunk_size: int = 256
     rematerialize: bool = True
@@ -91,6 +94,8 @@ class HMTConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
         if not isinstance(self.loss_chunk_size, int) or self.loss_chunk_size < 1:
             raise ValueError(f"loss_chunk_size must be an integer >= 1, got {self.loss_chunk_size!r}")
+        if self.fused_rotary is not None and not isinstance(self.fused_rotary, bool):
+            raise ValueError(f"fused_rotary must be True, False or None, got {self.fused_rotary!r}")
         if self.num_sensory > self.segment_length:
             raise ValueError(
                 f"num_sensory must not exceed segment_length ({self.segment_length}), got {self.num_sensory}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hmt.backbone import apply_head, check_backbone
+from hmt.backbone import apply_head, check_backbone, patch_layers
 from hmt.config import HMTConfig
 from hmt.generation import HMTGenerationMixin
 from hmt.inputs import check_inputs, check_state
@@ -55,6 +55,7 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
         if backbone is None:
             backbone = AutoModelForCausalLM.from_config(config.text_config)
             _set_attention(backbone, requested_attention)
+            patch_layers(backbone, config.fused_rotary)
         self.backbone = backbone
         # one object, so that resizing embeddings or changing the attention of either is seen by both
         config.text_config = backbone.config
@@ -105,6 +106,7 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
         for parameter in model.parameters(recurse=False):
             parameter.data = parameter.data.to(embeddings)
         _set_attention(backbone, attn_implementation, loaded_with=attention)
+        patch_layers(backbone, model.config.fused_rotary)
         return model.train(backbone.training)
 
     def get_input_embeddings(self) -> nn.Module:

@@ -71,7 +71,7 @@ def _summarize(model: PreTrainedModel, prompt: Tensor, *text: Tensor | None) -> 
     embeds = embed(model, batch.ids)
     slot = prompt.to(embeds.dtype).expand(len(embeds), -1, -1)
     embeds, mask = surround([slot], embeds, [slot], _hidden(model, batch))
-    return run_layers(model, embeds, mask).last_hidden_state[:, -1]
+    return run_layers(model, embeds, mask, last_rows=1).last_hidden_state[:, -1]
 
 
 def _equal_lengths(texts: Sequence[Tokens], size: int) -> list[list[int]]:
@@ -112,9 +112,8 @@ def read_segment(
 
     embeds and mask come from `augment`. A `cache` keeps the keys and values for decoding.
     """
-    hidden = run_layers(model, embeds, mask, cache).last_hidden_state
-    stop = hidden.shape[1] - ends_with_memory
-    return hidden[:, stop - length : stop], hidden[:, -1] if ends_with_memory else None
+    hidden = run_layers(model, embeds, mask, cache, last_rows=length + ends_with_memory).last_hidden_state
+    return hidden[:, :length], hidden[:, -1] if ends_with_memory else None
 
 
 def decode_token(model: PreTrainedModel, text: Tokens, cache: Cache) -> Tensor:

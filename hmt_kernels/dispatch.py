@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -26,8 +26,8 @@ def _any_shape(query: torch.Tensor) -> bool:
 
 
 def _few_queries(query: torch.Tensor) -> bool:
-    # query [B, Q, D]: below a tensor-core tile of queries, recall is bound by reading the memory once.
-    return query.shape[1] <= 16
+    # query [B, Q, D]: the CUDA kernel reads the memory once for four queries, the Triton kernel for sixteen.
+    return query.shape[1] <= 4
 
 
 class Rule(NamedTuple):
@@ -57,8 +57,13 @@ class Decision(NamedTuple):
 
 # A plain global, not a context variable: torch.compile guards on it, so a compiled function obeys use_impl too.
 _selected: str | None = None
-_modules: dict[tuple[str, str], ModuleType] = {}
+# A place for every module from the start: torch.compile, which may be what loads one, keeps to the keys it has seen.
+_modules: dict[tuple[str, str], SimpleNamespace] = {
+    (op_name, name): SimpleNamespace(loaded=None) for op_name, names in KNOWN.items() for name in names
+}
 _missing: dict[tuple[str, str], str | None] = {}
+_remembered: dict[tuple[Any, ...], str] = {}
+_MOST_REMEMBERED = 4096
 
 
 def constant_when_compiled(function: _F) -> _F:
@@ -118,7 +123,7 @@ def implementation(op_name: str, name: str) -> ModuleType:
     reason = missing(op_name, name)
     if reason is not None:
         raise ValueError(f"{op_name}: implementation {name!r} cannot run here: {reason}")
-    return _modules[op_name, name]
+    return _modules[op_name, name].loaded
 
 
 # torch.compile cannot trace an import by name; the answer depends on the machine only, never on the tensors.
@@ -157,6 +162,26 @@ def chosen(decision: Decision) -> str:
     return decision.name
 
 
+def selected() -> str | None:
+    """What use_impl or the environment asks for, as a part of the key of `remember`."""
+    return _selected or _environment()
+
+
+def remembered(key: tuple[Any, ...]) -> str | None:
+    """The implementation that was decided on for a call of this kind before."""
+    try:
+        return _remembered.get(key)
+    except TypeError:  # not hashable: decide says what is wrong with it
+        return None
+
+
+def remember(key: tuple[Any, ...], name: str) -> None:
+    """Let `remembered(key)` be `name`; the key holds all that decides, metadata of the tensors included."""
+    if len(_remembered) >= _MOST_REMEMBERED:
+        _remembered.clear()
+    _remembered[key] = name
+
+
 def _default_order(op_name: str, query: torch.Tensor) -> tuple[str, ...]:
     device_types = (query.device.type, "any")
     for rule in RULES:
@@ -190,7 +215,7 @@ def _why_not(op_name: str, name: str, args: tuple[Any, ...], excluded: Mapping[s
     reason = missing(op_name, name)
     if reason is not None:
         return reason
-    return _modules[op_name, name].unavailable(*args)
+    return _modules[op_name, name].loaded.unavailable(*args)
 
 
 def _load(op_name: str, name: str) -> str | None:
@@ -201,7 +226,7 @@ def _load(op_name: str, name: str) -> str | None:
         return "not built" if error.name == path else f"the Python module {error.name!r} is not installed"
     except (ImportError, OSError) as error:
         return f"its import failed: {error}"
-    _modules[op_name, name] = module
+    _modules[op_name, name].loaded = module
     return module.missing() if hasattr(module, "missing") else None
 
 

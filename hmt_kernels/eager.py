@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def refuse_forward_mode(*tensors: torch.Tensor | None) -> None:
@@ -19,16 +19,22 @@ def refuse_forward_mode(*tensors: torch.Tensor | None) -> None:
 
 
 def is_watched(*tensors: torch.Tensor | None) -> bool:
-    """Whether gradients, a tracer, a transform, a dispatch mode or a profiler must see the operator itself."""
-    if torch.compiler.is_compiling():
-        return True
-    given = [tensor for tensor in tensors if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
-        return True
-    return (
-        any(type(tensor) not in _PLAIN for tensor in given)
+    """Whether derivatives, a tracer, a transform, a mode, autocast or a profiler must see the operator itself.
+
+    Also true for anything that is not a plain tensor: the operator's checks then say what is wrong with it.
+    """
+    if (
+        torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
+        or torch._C._is_any_autocast_enabled()
         or torch.autograd._profiler_enabled()
-    )
+        or forward_ad._current_level >= 0
+    ):
+        return True
+    gradients = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in PLAIN or (gradients and tensor.requires_grad)):
+            return True
+    return False

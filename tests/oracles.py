@@ -19,6 +19,17 @@ def recall(
     return torch.stack(recalled), torch.stack(lse), torch.stack(slot).int()
 
 
+def rising_queue(queries: int, slots: int, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """query, memory and recalled for scores so far apart that exp of their differences is zero: each next one wins.
+
+    The strongest slot is the last, and whatever is kept of an earlier one shows as at least 1 in the result.
+    """
+    query, memory = torch.zeros(1, queries, dim), torch.zeros(1, slots, dim)
+    query[:, :, 0], memory[0, :, 0] = 1, torch.arange(slots)
+    memory[:, :, 1] = torch.arange(1, slots + 1) % 5 + 1.0
+    return query, memory, memory[:, -1:].expand(1, queries, dim)
+
+
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,

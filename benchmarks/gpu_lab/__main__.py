@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-BENCHMARK = Path("benchmarks/test_memory_recall.py")
+RECALL = Path("benchmarks/test_memory_recall.py")
+ATTENTION = Path("benchmarks/test_segment_attention.py")
 TOTAL_SECONDS = 530
 PYTHON = sys.executable
+TESTS = ["tests/kernels", "tests/hmt/test_rotary_in_use.py"]
 
 
 class Part(NamedTuple):
@@ -49,12 +51,17 @@ def sanitizer(tool: str) -> Part:
     return Part(tool, command, 100, tool="compute-sanitizer")
 
 
+def benchmark(name: str, path: Path, seconds: float) -> Part:
+    return Part(name, [PYTHON, "-m", "pytest", str(path), "-q", "-s"], seconds, needs_cuda=False, path=path)
+
+
 PARTS = [
     Part("environment", [PYTHON, "-m", "benchmarks.gpu_lab.environment"], 60, needs_cuda=False),
     Part("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 240, needs_cuda=False),
-    Part("tests", [PYTHON, "-m", "pytest", "tests/kernels", "-q", "-n", "8", "--dist=loadfile"], 240),
+    Part("tests", [PYTHON, "-m", "pytest", *TESTS, "-q", "-n", "8", "--dist=loadfile"], 240),
     *(sanitizer(tool) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")),
-    Part("recall", [PYTHON, "-m", "pytest", str(BENCHMARK), "-q", "-s"], 180, needs_cuda=False, path=BENCHMARK),
+    benchmark("recall", RECALL, 180),
+    benchmark("attention", ATTENTION, 240),
 ]
 
 
@@ -122,8 +129,8 @@ def write(out: Path, results: list[Result]) -> None:
     for r in results:
         if r.result == "FAILED":
             lines += ["", f"## {r.part} failed", "", "```", *r.output.splitlines()[-15:], "```"]
-        elif r.part == "recall" and r.output:
-            lines += ["", "## Recall", "", "```", *r.output.splitlines()[-40:], "```"]
+        elif r.part in ("recall", "attention") and r.output:
+            lines += ["", f"## {r.part.capitalize()}", "", "```", *r.output.splitlines()[-40:], "```"]
     (out / "summary.md").write_text("\n".join(lines) + "\n")
 
 

@@ -16,7 +16,7 @@
 namespace hmt::cpu {
 namespace {
 
-constexpr int64_t kThreadProducts = 1 << 18;  // multiplications of a query with memory that are worth a thread
+constexpr int64_t kThreadProducts = 1 << 16;  // multiplications of a query with memory that are worth a thread
 
 int64_t live_slots(const Recall& p, int64_t b) {
   return p.num_valid ? std::clamp<int64_t>(p.num_valid[b], 0, p.slots) : p.slots;
@@ -61,9 +61,10 @@ void for_each_chunk(const Recall& p, int64_t chunks, int num_threads, Chunk chun
   std::vector<std::atomic<int64_t>> done(p.batch);
   parallel_for(p.batch * tasks, static_cast<int>(threads), [&](int64_t task) {
     const int64_t b = task / tasks, i = task % tasks, live = live_slots(p, b);
-    const int64_t rows = chunk_rows(live, p.queries), begin = std::min(i * rows, live);
-    if (i < chunks) chunk(b, i, begin, std::min(begin + rows, live));
-    if (done[b].fetch_add(1) + 1 == tasks) result(b, num_chunks(live, p.queries));
+    const int64_t count = num_chunks(live, p.queries);
+    const auto begin = [&](int64_t chunk) { return chunk < count ? chunk_begin(chunk, count, live) : live; };
+    if (i < chunks) chunk(b, i, begin(i), begin(i + 1));
+    if (done[b].fetch_add(1) + 1 == tasks) result(b, count);
   });
 }
 

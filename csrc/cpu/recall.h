@@ -66,16 +66,22 @@ inline int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// The live slots of a queue are cut into chunks, at most kMaxChunks, each with a partial result. Where they are cut
-// depends on nothing but their number and Q, so that no result depends on the threads or on the rest of the batch.
-constexpr int64_t kMaxChunks = 64;
-
-inline int64_t chunk_rows(int64_t live, int64_t queries) {
-  return std::max({int64_t{32}, 2 * queries, divide_up(divide_up(live, kMaxChunks), 8) * 8});
-}
+// The live slots of a queue are cut into chunks of whole blocks of kSlotBlock, each with a partial result. Where they
+// are cut depends on nothing but their number and Q, so that no result depends on the threads or the rest of the batch.
+// A power of two of them, as even as can be, keeps as many threads busy to the end.
+constexpr int64_t kMaxChunks = 64, kSlotBlock = 8;
+constexpr int64_t kChunkSlots = 64;  // at least: a chunk also writes and re-reads D floats
 
 inline int64_t num_chunks(int64_t live, int64_t queries) {
-  return divide_up(live, chunk_rows(live, queries));
+  const int64_t most = std::min(kMaxChunks, live / std::max(kChunkSlots, 2 * queries));
+  int64_t chunks = 1;
+  while (2 * chunks <= most) chunks *= 2;
+  return live > 0 ? chunks : 0;
+}
+
+// The first slot of a chunk.
+inline int64_t chunk_begin(int64_t chunk, int64_t chunks, int64_t live) {
+  return std::min(divide_up(live, kSlotBlock) * chunk / chunks * kSlotBlock, live);
 }
 
 // Scratch rows are padded to whole blocks of the widest instruction set.

@@ -10,7 +10,7 @@
 namespace hmt::cpu {
 namespace {
 
-constexpr int kRows = 8;                          // of memory, handled together
+constexpr int kRows = kSlotBlock;                 // of memory, handled together
 constexpr int kGroup = 4;                         // queries that share the widening of those rows
 constexpr int kWriteRows = kLanes == 16 ? 4 : 2;  // rows of d_memory that fit into registers
 
@@ -64,47 +64,56 @@ inline void prefetch(Row<E> from) {
   for (size_t i = 0; i < kBlock * sizeof *from; i += 64) __builtin_prefetch(bytes + i, 0, 2);
 }
 
-// partial[i] += sum over r of weights[i][r] row[r]
+// What a block of rows weighs for one query, and what all rows before it weigh from now on.
+struct Weights {
+  float rows[kRows];
+  float before;
+};
+
+// partial[i] = weights[i].before partial[i] + sum over r of weights[i].rows[r] row[r]
 template <class E, int kCount>
-void add_rows(const RowBlock<E>& rows, const float (&weights)[kCount][kRows], int64_t dim, float* partial,
-              int64_t stride) {
+void add_rows(const RowBlock<E>& rows, const Weights (&weights)[kCount], int64_t dim, float* partial, int64_t stride) {
   for_each_block(dim, [&](int64_t k, auto part) HMT_INLINE {
     Pair sums[kCount];
-    for (int i = 0; i < kCount; ++i) sums[i] = load_pair(partial + i * stride + k);
+    for (int i = 0; i < kCount; ++i) sums[i] = scale(weights[i].before, load_pair(partial + i * stride + k));
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       prefetch<E>(rows.row[r] + rows.to_next + k);
       const Pair x = E::widen(load<E>(rows.row[r] + k, part));
 #pragma GCC unroll 4
-      for (int i = 0; i < kCount; ++i) sums[i] = multiply_add(weights[i][r], x, sums[i]);
+      for (int i = 0; i < kCount; ++i) sums[i] = multiply_add(weights[i].rows[r], x, sums[i]);
     }
     for (int i = 0; i < kCount; ++i) store_pair(partial + i * stride + k, sums[i]);
   });
 }
 
-// Turns products into weights exp(score - max) under the running maximum, and rescales what an older one weighted.
-inline void add_scores(float (&products)[kRows], int count, int64_t first_slot, float softmax_scale, float* partial,
-                       int64_t stride, Softmax& softmax) {
+// x = exp(x - base) in the first `count` rows, zero in the others.
+inline void exp_rows(float (&x)[kRows], float base, int count) {
+  constexpr int kSize = kRows > kLanes ? kRows : kLanes;
+  float rows[kSize];
+  for (int r = 0; r < kSize; ++r) rows[r] = r < kRows && r < count ? x[r] - base : -INFINITY;
+  for (int r = 0; r < kSize; r += kLanes) store_vector(rows + r, exp_of_negative(load_vector<f32>(rows + r)));
+  std::copy_n(rows, kRows, x);
+}
+
+// The weights exp(score - max) of rows with these products, under the running maximum.
+inline Weights weigh(const float (&products)[kRows], int count, int64_t first_slot, float softmax_scale,
+                     Softmax& softmax) {
+  Weights weights;
   const float old_max = softmax.max;
-  for (int r = 0; r < count; ++r) {
-    products[r] *= softmax_scale;
-    if (products[r] > softmax.max) {
-      softmax.max = products[r];
+  for (int r = 0; r < kRows; ++r) {
+    weights.rows[r] = products[r] * softmax_scale;
+    if (r < count && weights.rows[r] > softmax.max) {
+      softmax.max = weights.rows[r];
       softmax.slot = first_slot + r;
     }
   }
   const float base = softmax.max == -INFINITY ? 0.0f : softmax.max;  // -inf - -inf would be NaN
-  if (softmax.max != old_max) {
-    const float factor = expf(old_max - base);
-    softmax.sum *= factor;
-    for (int64_t k = 0; factor != 0.0f && k < stride; k += kBlock) {
-      store_pair(partial + k, multiply_add(factor, load_pair(partial + k), Pair()));
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    products[r] = r < count ? expf(products[r] - base) : 0.0f;
-    softmax.sum += products[r];
-  }
+  weights.before = softmax.max == old_max ? 1.0f : expf(old_max - base);
+  exp_rows(weights.rows, base, count);
+  softmax.sum *= weights.before;
+  for (const float weight : weights.rows) softmax.sum += weight;
+  return weights;
 }
 
 template <class E, int kCount>
@@ -113,24 +122,76 @@ void forward_rows(const Recall& p, const RowBlock<E>& rows, int64_t b, int64_t n
   const int64_t stride = scratch_stride(p.dim);
   Row<E> query[kCount];
   for (int i = 0; i < kCount; ++i) query[i] = row_of<E>(p.query, b, q + i);
-  float weights[kCount][kRows];
-  dot_rows<E>(query, rows, p.dim, weights);
-  for (int i = 0; i < kCount; ++i) {
-    add_scores(weights[i], rows.count, n, p.softmax_scale, partial + (q + i) * stride, stride, softmax[q + i]);
-  }
+  float products[kCount][kRows];
+  dot_rows<E>(query, rows, p.dim, products);
+  Weights weights[kCount];
+  for (int i = 0; i < kCount; ++i) weights[i] = weigh(products[i], rows.count, n, p.softmax_scale, softmax[q + i]);
   add_rows<E>(rows, weights, p.dim, partial + q * stride, stride);
 }
 
+// add_rows of kRows rows and dot_rows of the kRows after them, for one query, in one loop: loads of one hide behind the
+// arithmetic of the other. The second runs kAheadBytes further on in its rows, since rows that lie a multiple of 4 KB
+// apart share one set of the L1 cache.
+constexpr int64_t kAheadBytes = 1984;
+
 template <class E>
-void forward(const Recall& p, int64_t b, int64_t begin, int64_t end, float* partial, Softmax* softmax) {
-  std::memset(partial, 0, p.queries * scratch_stride(p.dim) * sizeof *partial);
-  for (int64_t q = 0; q < p.queries; ++q) softmax[q] = {-INFINITY, 0.0f, begin};
+void add_and_dot_rows(Row<E> rows, int64_t row_stride, const Weights& weights, Row<E> x, int64_t dim, float* partial,
+                      float (&products)[kRows]) {
+  constexpr int64_t kAhead = kAheadBytes / (kBlock * sizeof(*rows)) * kBlock;
+  const int64_t whole = dim / kBlock * kBlock;
+  const Row<E> next = rows + kRows * row_stride;
+  f32 sums[kRows] = {};
+  const auto step = [&](int64_t k, int64_t ahead, auto part) HMT_INLINE {
+    const typename E::Block block = load<E>(x + ahead, part);
+    Pair total = scale(weights.before, load_pair(partial + k));
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      prefetch<E>(next + (r + kRows) * row_stride + ahead);
+      sums[r] = E::dot(sums[r], block, load<E>(next + r * row_stride + ahead, part));
+      total = multiply_add(weights.rows[r], E::widen(load<E>(rows + r * row_stride + k, part)), total);
+    }
+    store_pair(partial + k, total);
+  };
+  for (int64_t k = 0, ahead = kAhead < whole ? kAhead : 0; k < whole; k += kBlock) {
+    step(k, ahead, Whole());
+    ahead = ahead + kBlock < whole ? ahead + kBlock : 0;
+  }
+  if (whole < dim) step(whole, whole, Part{dim - whole});
+  for (int r = 0; r < kRows; ++r) products[r] = sum(sums[r]);
+}
+
+template <class E>
+void forward_one(const Recall& p, int64_t b, int64_t begin, int64_t end, float* partial, Softmax& softmax) {
+  const Row<E> query = row_of<E>(p.query, b, 0);
+  float products[1][kRows];
   for (int64_t n = begin; n < end; n += kRows) {
     const auto rows = row_block<E>(p.memory, b, n, end);
-    int64_t q = 0;
-    for (; q + kGroup <= p.queries; q += kGroup) forward_rows<E, kGroup>(p, rows, b, n, q, partial, softmax);
-    for (; q < p.queries; ++q) forward_rows<E, 1>(p, rows, b, n, q, partial, softmax);
+    if (n == begin || rows.count < kRows) dot_rows<E, 1>({query}, rows, p.dim, products);
+    const Weights weights = weigh(products[0], rows.count, n, p.softmax_scale, softmax);
+    if (n + 2 * kRows <= end) {
+      add_and_dot_rows<E>(rows.row[0], p.memory.row_stride, weights, query, p.dim, partial, products[0]);
+    } else {
+      add_rows<E, 1>(rows, {weights}, p.dim, partial, scratch_stride(p.dim));
+    }
   }
+}
+
+template <class E>
+void forward(const Recall& p, int64_t b, int64_t begin, int64_t end, float* partial, Softmax* result) {
+  std::memset(partial, 0, p.queries * scratch_stride(p.dim) * sizeof *partial);
+  Softmax softmax[kMaxQueries];  // the results of other chunks stand in the same cache line as these
+  std::fill_n(softmax, p.queries, Softmax{-INFINITY, 0.0f, begin});
+  if (kLanes == 16 && p.queries == 1) {  // with fewer registers the fused loop spills
+    forward_one<E>(p, b, begin, end, partial, softmax[0]);
+  } else {
+    for (int64_t n = begin; n < end; n += kRows) {
+      const auto rows = row_block<E>(p.memory, b, n, end);
+      int64_t q = 0;
+      for (; q + kGroup <= p.queries; q += kGroup) forward_rows<E, kGroup>(p, rows, b, n, q, partial, softmax);
+      for (; q < p.queries; ++q) forward_rows<E, 1>(p, rows, b, n, q, partial, softmax);
+    }
+  }
+  std::copy_n(softmax, p.queries, result);
 }
 
 template <class E>

@@ -26,13 +26,41 @@ inline u32 select(s32 mask, u32 yes, u32 no) {
   return (yes & bits<u32>(mask)) | (no & ~bits<u32>(mask));
 }
 
-inline float sum(f32 x) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &x, sizeof x);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+template <int kCount>
+struct Floats {
+  typedef float Vector __attribute__((vector_size(4 * kCount)));
+};
+
+template <int kCount>
+inline float sum_of(typename Floats<kCount>::Vector x) {
+  typename Floats<kCount / 2>::Vector halves[2];
+  std::memcpy(halves, &x, sizeof x);
+  if constexpr (kCount == 4) {
+    const auto pair = halves[0] + halves[1];
+    return pair[0] + pair[1];
+  } else {
+    return sum_of<kCount / 2>(halves[0] + halves[1]);
   }
-  return lanes[0];
+}
+
+inline float sum(f32 x) {
+  return sum_of<kLanes>(x);
+}
+
+// exp(x) for x <= 0, to 2 units in the last place; zero where that would be subnormal.
+inline f32 exp_of_negative(f32 x) {
+  const f32 shifted = x * 0x1.715476p+0f + 0x1.8p+23f;  // x / ln 2, rounded to an integer in the last bits
+  const f32 n = shifted - 0x1.8p+23f;
+  const f32 r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // ln 2 in two parts
+  f32 y = r * 0x1.6c16c2p-10f + 0x1.111112p-7f;                // the series of exp, to r^6
+  y = y * r + 0x1.555556p-5f;
+  y = y * r + 0x1.555556p-3f;
+  y = y * r + 0.5f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  const u32 power = (bits<u32>(shifted) + 127) << 23;
+  const f32 scaled = y * bits<f32>(power);
+  return bits<f32>(bits<u32>(scaled) & ~bits<u32>(x < -87.0f));
 }
 
 // A block is 2 kLanes elements of a row. Widened it is two vectors, in an order of the dtype's own: since all that
@@ -64,6 +92,10 @@ inline void store_pair(float* to, Pair x) {
   store_vector(to + kLanes, x.b);
 }
 
+inline Pair scale(float factor, Pair x) {
+  return {factor * x.a, factor * x.b};
+}
+
 inline Pair multiply_add(float factor, Pair x, Pair sum) {
   return {factor * x.a + sum.a, factor * x.b + sum.b};
 }
@@ -83,7 +115,12 @@ struct BFloat16 {
   using Block = u32;
   static Block load(const Element* from) { return load_vector<u32>(from); }
   static void store(Element* to, Block x) { store_vector(to, x); }
-  static Pair widen(Block x) { return {bits<f32>(x << 16), bits<f32>(x & 0xffff0000u)}; }
+  static Pair widen(Block x) {
+#if defined(__x86_64__)
+    asm("" : "+v"(x));  // loaded once: gcc would take it from memory twice
+#endif
+    return {bits<f32>(x << 16), bits<f32>(x & 0xffff0000u)};
+  }
   static Block narrow(Pair x) { return (round(x.a) >> 16) | (round(x.b) & 0xffff0000u); }
   static f32 dot(f32 sum, Block x, Block y) {
 #ifdef HMT_NATIVE_BFLOAT16

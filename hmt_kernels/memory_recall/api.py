@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
 from hmt_kernels.autocast import without_autocast
 from hmt_kernels.checks import check_memory_recall, check_memory_recall_step
-from hmt_kernels.dispatch import Decision, chosen, implementation
+from hmt_kernels.dispatch import Decision, chosen, implementation, remember, remembered, selected
 from hmt_kernels.dispatch import decide as decide_implementation
 from hmt_kernels.eager import is_watched, refuse_forward_mode
 
 OPS = torch.ops.hmt_kernels
+_INFINITY = float("inf")
 
 
 class RecallOutput(NamedTuple):
@@ -60,10 +62,12 @@ def memory_recall(
         >>> recalled.shape, lse.shape, slot.shape
         (torch.Size([2, 1, 64]), torch.Size([2, 1]), torch.Size([2, 1]))
     """
+    if query is not None and memory is not None and not is_watched(query, memory, num_valid):
+        module = _implementation_of(query, memory, num_valid, softmax_scale, impl)
+        return RecallOutput(*module.forward(query, memory, num_valid, softmax_scale))
     name = chosen(decide(query, memory, num_valid, softmax_scale=softmax_scale, impl=impl))
     refuse_forward_mode(query, memory)
-    forward = OPS.memory_recall_fwd.default if is_watched(query, memory, num_valid) else _fwd
-    return RecallOutput(*forward(query, memory, num_valid, softmax_scale, name))
+    return RecallOutput(*OPS.memory_recall_fwd.default(query, memory, num_valid, softmax_scale, name))
 
 
 def memory_recall_step(
@@ -128,6 +132,22 @@ def decide(
     """Check the arguments of memory_recall and pick its implementation."""
     check_memory_recall(query, memory, num_valid, softmax_scale)
     return decide_implementation("memory_recall", impl, (query, memory))
+
+
+def _implementation_of(
+    query: torch.Tensor, memory: torch.Tensor, num_valid: torch.Tensor | None, softmax_scale: float, impl: str | None
+) -> ModuleType:
+    """The module that `decide` picks, remembered by all that decide looks at: it takes as long as a short kernel."""
+    counts = None if num_valid is None else (num_valid.shape, num_valid.dtype, num_valid.device)
+    key = (
+        "memory_recall", query.shape, query.dtype, query.device, memory.shape, memory.dtype, memory.device, counts,
+        impl, selected(),
+    )  # fmt: skip
+    name = remembered(key) if type(softmax_scale) is float and abs(softmax_scale) < _INFINITY else None
+    if name is None:
+        name = chosen(decide(query, memory, num_valid, softmax_scale=softmax_scale, impl=impl))
+        remember(key, name)
+    return implementation("memory_recall", name)
 
 
 torch.library.define(

@@ -43,13 +43,15 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """recalled [B, Q, D], lse [B, Q], slot [B, Q]."""
     batch, queries, dim = query.shape
-    recalled = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse = torch.empty(batch, queries, dtype=torch.float32)
-    slot = torch.empty(batch, queries, dtype=torch.int32)
-    query, memory, counts = _with_contiguous_rows(query), _with_contiguous_rows(memory), _contiguous(num_valid)
+    query, memory = _with_contiguous_rows(query), _with_contiguous_rows(memory)
+    counts = None if num_valid is None else num_valid.contiguous()
+    recalled = torch.empty(query.shape, dtype=query.dtype)
+    lse = torch.empty((batch, queries), dtype=torch.float32)
+    slot = torch.empty((batch, queries), dtype=torch.int32)
     _C.memory_recall_cpu_fwd(
         (batch, queries, memory.shape[1], dim), _DTYPES[query.dtype], softmax_scale, _rows(query), _rows(memory),
-        _pointer(counts), recalled.data_ptr(), lse.data_ptr(), slot.data_ptr(), torch.get_num_threads(),
+        0 if counts is None else counts.data_ptr(), recalled.data_ptr(), lse.data_ptr(), slot.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return recalled, lse, slot
 

@@ -8,11 +8,12 @@ import torch
 
 from hmt_kernels.autocast import without_autocast
 from hmt_kernels.checks import check_segment_attention
-from hmt_kernels.dispatch import Decision, chosen, implementation
+from hmt_kernels.dispatch import Decision, chosen, implementation, remember, remembered, selected
 from hmt_kernels.dispatch import decide as decide_implementation
-from hmt_kernels.eager import refuse_forward_mode
+from hmt_kernels.eager import PLAIN, refuse_forward_mode
 from hmt_kernels.segment_attention import sdpa
 
+_INFINITY = float("inf")
 _NO_LSE = {"sdpa": "F.scaled_dot_product_attention does not return softmax_lse, and return_lse=True asks for it"}
 
 
@@ -64,11 +65,16 @@ def segment_attention(
         >>> segment_attention(q, k, v, window_size=32).shape
         torch.Size([2, 9, 64, 64])
     """
-    decision = decide(
-        q, k, v, cos=cos, sin=sin, pad_span=pad_span, window_size=window_size, softmax_scale=softmax_scale,
-        return_lse=return_lse, impl=impl,
-    )  # fmt: skip
-    name = chosen(decision)
+    key = _key(q, k, v, cos, sin, pad_span, window_size, softmax_scale, return_lse, impl)
+    name = None if key is None else remembered(key)
+    if name is None:
+        decision = decide(
+            q, k, v, cos=cos, sin=sin, pad_span=pad_span, window_size=window_size, softmax_scale=softmax_scale,
+            return_lse=return_lse, impl=impl,
+        )  # fmt: skip
+        name = chosen(decision)
+        if key is not None:
+            remember(key, name)
     if softmax_scale is None:
         softmax_scale = q.shape[3] ** -0.5
     if name == "sdpa":
@@ -79,6 +85,39 @@ def segment_attention(
         q, k, v, cos, sin, pad_span, window_size, softmax_scale, name
     )
     return (o, softmax_lse) if return_lse else o
+
+
+def _key(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    pad_span: torch.Tensor | None,
+    window_size: int | None,
+    softmax_scale: float | None,
+    return_lse: bool,
+    impl: str | None,
+) -> tuple[Any, ...] | None:
+    """All that `decide` looks at, where every value is one that any call may have; None for the rest.
+
+    The checks and the choice take longer than SDPA on a short segment, and a model repeats the same call in each layer.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    if window_size is not None and (type(window_size) is not int or window_size < 1):
+        return None
+    if softmax_scale is not None and (type(softmax_scale) is not float or not abs(softmax_scale) < _INFINITY):
+        return None
+    kinds: list[Any] = ["segment_attention", window_size, return_lse, impl, selected()]
+    for tensor in (q, k, v, cos, sin, pad_span):
+        if tensor is None:
+            kinds.append(None)
+        elif type(tensor) in PLAIN:
+            kinds += tensor.shape, tensor.dtype, tensor.device
+        else:
+            return None
+    return tuple(kinds)
 
 
 def decide(

@@ -47,12 +47,25 @@ def attend(
             return _sdpa(q, k, v, None, False, softmax_scale)
         if q_len == k_len:
             return _sdpa(q, k, v, None, True, softmax_scale)
-    visible = _visible(q, k, pad_span, window_size)
+        # A few rows more cost less than a mask, which skips no upper triangle. Not compiled: one graph for all lengths.
+        if not torch.compiler.is_compiling() and 5 * q_len >= 4 * k_len:
+            missing = k_len - q_len
+            return _sdpa(F.pad(q, (0, 0, missing, 0)), k, v, None, True, softmax_scale)[:, :, missing:]
+    keys = torch.arange(k_len, device=q.device)
+    positions = torch.arange(k_len - q_len, k_len, device=q.device)[:, None]
+    visible = keys <= positions  # [Tq, Tk]
+    if window_size is not None:
+        visible = visible & (keys > positions - window_size)
     if pad_span is None:  # every row sees at least itself
-        return _sdpa(q, k, v, visible, False, softmax_scale)
-    sees_any = visible.any(dim=-1, keepdim=True)  # [B, 1, Tq, 1]
-    # A row that sees no key gets them all, so that no backend meets an empty softmax, and is then replaced by zeros.
-    return torch.where(sees_any, _sdpa(q, k, v, visible | ~sees_any, False, softmax_scale), 0.0)
+        return _sdpa(q, k, v, visible[None, None], False, softmax_scale)
+    start, end = pad_span[:, :, None, None, None].unbind(1)  # [B, 1, 1, 1]
+    first = 0 if window_size is None else (positions - (window_size - 1)).clamp(min=0)
+    blind = (first >= start) & (positions < end)  # [B, 1, Tq, 1]: all that the row would see is in the hole
+    shown = (keys < start) | (keys >= end)  # [B, 1, 1, Tk]
+    visible = visible & shown  # [B, 1, Tq, Tk]
+    # A blind row gets its own key, so that no backend meets an empty softmax; its result is then replaced by zeros.
+    visible.diagonal(k_len - q_len, -2, -1).logical_or_(blind[..., 0])
+    return _sdpa(q, k, v, visible, False, softmax_scale) * ~blind
 
 
 def _sdpa(
@@ -77,26 +90,12 @@ def _sdpa(
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first R features of x [B, H, T, D] in x's dtype, the last T rows of the tables being those of x."""
+    """Rotate the first R features of x [B, H, T, D], the last T rows of the tables being those of x."""
     length, rotary_dim = x.shape[2], cos.shape[2]
-    cos = cos.detach()[:, cos.shape[1] - length :].to(x.dtype).unsqueeze(1)  # [1 or B, 1, T, R]
-    sin = sin.detach()[:, sin.shape[1] - length :].to(x.dtype).unsqueeze(1)
+    # no conversion: tables that are more precise than x, as under torch.autocast, rotate in their own precision
+    cos = cos.detach()[:, cos.shape[1] - length :].unsqueeze(1)  # [1 or B, 1, T, R]
+    sin = sin.detach()[:, sin.shape[1] - length :].unsqueeze(1)
     rotated = x[..., :rotary_dim]
     first, second = rotated.chunk(2, dim=-1)
-    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+    rotated = (rotated * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
     return rotated if rotary_dim == x.shape[3] else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)
-
-
-def _visible(q: torch.Tensor, k: torch.Tensor, pad_span: torch.Tensor | None, window_size: int | None) -> torch.Tensor:
-    """[B or 1, 1, Tq, Tk]: which keys a row sees."""
-    q_len, k_len = q.shape[2], k.shape[2]
-    keys = torch.arange(k_len, device=q.device)
-    positions = torch.arange(k_len - q_len, k_len, device=q.device)[:, None]
-    visible = keys <= positions
-    if window_size is not None:
-        visible = visible & (keys > positions - window_size)
-    visible = visible[None, None]
-    if pad_span is not None:
-        start, end = pad_span[:, :, None, None, None].unbind(1)  # [B, 1, 1, 1]
-        visible = visible & ((keys < start) | (keys >= end))
-    return visible

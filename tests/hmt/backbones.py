@@ -9,13 +9,17 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from hmt import HMTForCausalLM
@@ -49,11 +53,37 @@ CONFIGS = {
     "gemma3": lambda: Gemma3TextConfig(**GROUPED, head_dim=16, sliding_window=16),
 }
 
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+# more makes of attention layers, and of rotary embedding
+ROTARY_CONFIGS = {
+    "llama-yarn": lambda: LlamaConfig(**GROUPED, rope_parameters=YARN),
+    "granite": lambda: GraniteConfig(**GROUPED, attention_multiplier=0.2),
+    "mixtral-window": lambda: MixtralConfig(**GROUPED, num_local_experts=4, sliding_window=16),
+    "qwen2-window": lambda: Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=16, max_window_layers=1),
+    "qwen3-moe": lambda: Qwen3MoeConfig(**GROUPED, **EXPERTS, num_experts=4, head_dim=16),
+    "qwen2-moe-window": lambda: Qwen2MoeConfig(
+        **GROUPED,
+        **EXPERTS,
+        num_experts=4,
+        shared_expert_intermediate_size=32,
+        use_sliding_window=True,
+        sliding_window=16,
+        max_window_layers=1,
+    ),
+    "phi3-partial": lambda: Phi3Config(
+        **GROUPED,
+        sliding_window=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    ),
+    "gpt-neox-serial": lambda: GPTNeoXConfig(**SHAPE, intermediate_size=128, use_parallel_residual=False),
+}
+
 
 def backbone(name: str = "llama", seed: int = 0) -> PreTrainedModel:
     """The named tiny backbone in evaluation mode, with weights large enough that every part of the model matters."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    model = AutoModelForCausalLM.from_config((CONFIGS | ROTARY_CONFIGS)[name]()).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -210,3 +210,11 @@ def test_unknown_instruction_set_is_refused(monkeypatch):
 def test_says_why_it_cannot_run(query, reason):
     assert cpu.unavailable(query, query) == reason
     assert cpu.unavailable(torch.zeros(1, 64, 8), torch.zeros(1, 0, 8)) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [1, 5])
+def test_weights_that_vanish_leave_nothing(queries, dtype, isa):
+    query, memory, expected = oracles.rising_queue(queries, 60, 72)
+    recalled, _, slot = cpu.forward(query.to(dtype), memory.to(dtype), None, 200.0)
+    assert torch.equal(recalled, expected.to(dtype)) and slot.eq(59).all()

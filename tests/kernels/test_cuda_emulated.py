@@ -272,3 +272,10 @@ if ON_DEVICE:
             expected = cuda.forward(query, memory, counts, scale)
             assert torch.equal(memory[:, 5 * replay], new_memory) and torch.equal(out[:, -1:], recalled)
             assert all(torch.equal(x, y) for x, y in zip((recalled, lse, slot), expected, strict=True))
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_weights_that_vanish_leave_nothing(queries, backend):
+    query, memory, expected = (x.to(backend.device) for x in oracles.rising_queue(queries, 300, 72))
+    recalled, _, slot = cuda.forward(query, memory, None, 200.0)
+    assert torch.equal(recalled, expected) and slot.eq(299).all()

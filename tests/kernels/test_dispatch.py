@@ -12,6 +12,7 @@ import torch
 import hmt_kernels
 from hmt_kernels import dispatch, explain, memory_recall, segment_attention, use_impl
 from hmt_kernels.memory_recall import reference
+from hmt_kernels.segment_attention import sdpa
 
 QUERY, MEMORY = torch.ones(1, 1, 16), torch.ones(1, 5, 16)
 Q = K = V = torch.ones(1, 2, 3, 32)
@@ -31,9 +32,14 @@ def doubling(monkeypatch):
         return tuple(2 * grad for grad in reference.backward(*args))
 
     module.forward, module.backward = forward, backward
-    monkeypatch.setitem(dispatch._modules, ("memory_recall", "cuda"), module)
+    monkeypatch.setattr(dispatch._modules["memory_recall", "cuda"], "loaded", module)
     monkeypatch.setitem(dispatch._missing, ("memory_recall", "cuda"), None)
     return "cuda"
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(monkeypatch):
+    monkeypatch.setattr(dispatch, "_remembered", {})
 
 
 @pytest.fixture
@@ -41,7 +47,7 @@ def choosy(monkeypatch):
     """An implementation under the name "cpu" that has a reason not to run."""
     module = ModuleType("choosy")
     module.unavailable = lambda query, memory: "it takes no queries of ones"
-    monkeypatch.setitem(dispatch._modules, ("memory_recall", "cpu"), module)
+    monkeypatch.setattr(dispatch._modules["memory_recall", "cpu"], "loaded", module)
     monkeypatch.setitem(dispatch._missing, ("memory_recall", "cpu"), None)
     return "cpu"
 
@@ -137,6 +143,28 @@ def test_default_of_attention():
     assert "softmax_lse" in lines[1]
 
 
+def test_a_repeated_call_of_attention_obeys_a_later_choice(monkeypatch):
+    """Calls that took SDPA are remembered, but not beyond what they depend on."""
+    attend, taken = sdpa.attend, []
+    monkeypatch.setattr(sdpa, "attend", lambda *args: taken.append(args) or attend(*args))
+
+    def took_sdpa(**arguments):
+        taken.clear()
+        segment_attention(Q, K, V, **arguments)
+        return len(taken) == 1
+
+    assert took_sdpa() and took_sdpa()
+    with use_impl("reference"):
+        assert not took_sdpa()
+    assert not took_sdpa(impl="reference") and not took_sdpa(return_lse=True)
+    monkeypatch.setenv("HMT_KERNELS_IMPL", "reference")
+    assert not took_sdpa()
+    assert took_sdpa(impl="sdpa")
+    monkeypatch.setenv("HMT_KERNELS_IMPL", "nonsense")
+    with pytest.raises(ValueError, match="nonsense"):
+        took_sdpa()
+
+
 @pytest.mark.parametrize("op_name", dispatch.KNOWN)
 def test_triton_is_never_the_default_on_the_cpu(op_name):
     for rule in dispatch.RULES:
@@ -189,7 +217,7 @@ def test_missing_of_a_module_is_its_reason(monkeypatch):
     module = ModuleType("needy")
     module.missing = lambda: "no CUDA device"
     monkeypatch.setattr(dispatch.importlib, "import_module", lambda path: module)
-    monkeypatch.setattr(dispatch, "_modules", {})
+    monkeypatch.setattr(dispatch._modules["memory_recall", "cuda"], "loaded", None)
     assert dispatch._load("memory_recall", "cuda") == "no CUDA device"
 
 
@@ -272,7 +300,7 @@ def test_an_implementation_may_ask_for_the_compute_capability_when_compiled(doub
     def unavailable(query, memory):
         return None if dispatch.compute_capability(query.device) >= (9, 0) else "it needs compute capability 9.0"
 
-    monkeypatch.setattr(dispatch._modules["memory_recall", doubling], "unavailable", unavailable)
+    monkeypatch.setattr(dispatch._modules["memory_recall", doubling].loaded, "unavailable", unavailable)
 
     def function(query, memory):
         return memory_recall(query, memory, softmax_scale=0.5).recalled
@@ -282,3 +310,44 @@ def test_an_implementation_may_ask_for_the_compute_capability_when_compiled(doub
     compiled, found = implementations_in_graph(function)
     assert compiled(QUERY, MEMORY).unique().item() == 1
     assert found == ["reference"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "error"),
+    [
+        ({"softmax_scale": float("inf")}, "softmax_scale must be finite"),
+        ({"softmax_scale": True}, "softmax_scale must be a number"),
+        ({"memory": MEMORY.double()}, "memory must have query's dtype"),
+        ({"memory": MEMORY[:, :, :8]}, "memory must have query's last dimension"),
+        ({"memory": None}, "memory must be a tensor"),
+        ({"num_valid": torch.ones(1)}, "num_valid must be int32"),
+        ({"impl": "nonsense"}, "impl must be one of"),
+        ({"impl": ["cpu"]}, "impl must be one of"),
+    ],
+    ids=["infinite", "boolean", "dtype", "width", "none", "num_valid", "unknown", "unhashable"],
+)
+def test_a_remembered_call_lets_no_other_pass(changed, error):
+    arguments = {"query": QUERY, "memory": MEMORY, "num_valid": None, "softmax_scale": 0.5, "impl": None}
+    for _ in range(2):
+        memory_recall(**arguments)
+        with pytest.raises((TypeError, ValueError), match=error):
+            memory_recall(**(arguments | changed))
+
+
+def test_as_many_kinds_of_calls_are_remembered_as_a_program_makes(monkeypatch):
+    monkeypatch.setattr(dispatch, "_MOST_REMEMBERED", 2)
+    for slots in (1, 2, 3):
+        memory_recall(QUERY, MEMORY[:, :slots], softmax_scale=0.5)
+        assert len(dispatch._remembered) <= 2
+
+
+def test_the_first_call_of_all_may_be_compiled():
+    script = """
+import torch, hmt_kernels
+def function(query, memory, q):
+    return hmt_kernels.memory_recall(query, memory, softmax_scale=0.5), hmt_kernels.segment_attention(q, q, q)
+compiled = torch.compile(function, fullgraph=True, backend="eager")
+(recalled, _, _), o = compiled(torch.ones(1, 1, 16), torch.ones(1, 5, 16), torch.ones(1, 1, 4, 8))
+assert recalled.eq(1).all() and o.eq(1).all()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -19,6 +19,7 @@ CASES = {
     "grouped": {"shape": (2, 6, 2, 33, 33, 80)},
     "one-kv-head": {"shape": (1, 4, 1, 17, 17, 96)},
     "shorter-queries": {"shape": (2, 4, 2, 5, 63, 32)},
+    "most-queries": {"shape": (2, 4, 2, 27, 33, 32), "rotary": (1, 16)},
     "decoding": {"shape": (3, 4, 2, 1, 65, 64)},
     "odd-dim": {"shape": (1, 2, 2, 9, 9, 7)},
     "widest": {"shape": (1, 2, 1, 31, 40, 256)},

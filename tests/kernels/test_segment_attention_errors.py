@@ -78,6 +78,8 @@ BAD = {
 def test_bad_argument_is_named(case):
     replaced, error, message = BAD[case]
     arguments = good_arguments() | replaced
+    for window_size in (4, 1):  # calls that passed are remembered
+        segment_attention(**good_arguments() | {"window_size": window_size})
     with pytest.raises(error, match=message):
         segment_attention(**arguments)
     with pytest.raises(error, match=message):

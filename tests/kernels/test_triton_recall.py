@@ -177,3 +177,10 @@ def shuffle_blocks(monkeypatch):
         type(builder).set_grid_idx(builder, order[x], y, z)
 
     monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_weights_that_vanish_leave_nothing(queries):
+    query, memory, expected = (x.to(DEVICE) for x in oracles.rising_queue(queries, 300, 72))
+    recalled, _, slot = memory_recall(query, memory, softmax_scale=200.0, impl="triton")
+    assert torch.equal(recalled, expected) and slot.eq(299).all()

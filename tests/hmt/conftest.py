@@ -1,0 +1,22 @@
+"""Shared by the tests of the model layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hmt_kernels
+from hmt import rotary
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(Tq, R) of every call of the operator from a fused layer."""
+    made = []
+
+    def counted(q: torch.Tensor, *args: object, cos: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        made.append((q.shape[2], cos.shape[2]))
+        return hmt_kernels.segment_attention(q, *args, cos=cos, **kwargs)
+
+    monkeypatch.setattr(rotary, "segment_attention", counted)
+    return made
