@@ -114,9 +114,7 @@ def static_reader(model: HMTForCausalLM, batch_size: int = 1) -> Callable[[Tenso
     def read(input_ids: Tensor, state: HMTState | None = None) -> HMTState:
         check_inputs(input_ids, state=state)
         if len(input_ids) != batch_size:
-            raise ValueError(
-                f"input_ids must have this reader's {batch_size} rows, got {len(input_ids)}"
-            )
+            raise ValueError(f"input_ids must have this reader's {batch_size} rows, got {len(input_ids)}")
         state = model._state(state, input_ids)
         text = join(state.open, Tokens(input_ids))
         if text.mask is not None or state._queue().shape != buffers.queue.shape:
