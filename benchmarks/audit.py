@@ -2,8 +2,8 @@
 
     python -m benchmarks.audit [--only TEXT] [--every-shape]
 
-For each: registers, spills, shared memory against the card's limit, and 16-byte loads in the loops that stream the
-inputs. Prints a table and exits with 1 if a check fails.
+For each: registers, spills, shared memory against the card's limit, 16-byte loads in the loops that stream the inputs,
+and tensor-core instructions in the CUDA kernels that multiply tiles. Prints a table and exits with 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ CUDA_ARCHITECTURES = {
     "90a": "arch=compute_90a,code=sm_90a",
     "100": "arch=compute_90,code=sm_100",
 }
+# the kernels that must use the tensor cores, by the start of their names
+CUDA_ON_TENSOR_CORES = ("segment_attention_fwd_kernel", "segment_attention_bwd_")
 TRITON_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 
@@ -127,7 +129,11 @@ def check_source(nvcc: str, source: Path, arch: str) -> list[Finding]:
         subprocess.run(command, check=True, capture_output=True)
         codes = disassemble(cubin.read_bytes())
     number = int(arch.rstrip("a"))
-    return [judge(readable_name(code.name), f"sm_{arch}", None, code, code.shared_memory, number) for code in codes]
+    findings = [judge(readable_name(code.name), f"sm_{arch}", None, code, code.shared_memory, number) for code in codes]
+    for finding in findings:
+        if finding.label.startswith(CUDA_ON_TENSOR_CORES) and not finding.code.tensor_core:
+            finding.problems.append("no tensor-core instructions")
+    return findings
 
 
 def readable_name(mangled: str) -> str:

@@ -19,6 +19,7 @@ class Code(NamedTuple):
     spills: int  # instructions that read or write local memory
     wide_loads: int  # of 16 bytes or in bulk, in the streaming loops
     narrow_loads: int
+    tensor_core: int  # instructions of the tensor cores
 
 
 _FUNCTION = re.compile(r"^\s*Function : (\S+)", re.M)
@@ -35,7 +36,8 @@ def parse(dump: str) -> list[Code]:
         instructions = [Instruction(int(a, 16), opcode, operands) for a, opcode, operands in _INSTRUCTION.findall(text)]
         spills = sum(i.opcode.split(".")[0] in ("STL", "LDL") for i in instructions)
         wide, narrow = streaming_loads(instructions)
-        codes.append(Code(name, *resources[name], spills, wide, narrow))
+        tensor_core = sum(i.opcode.split(".")[0] in ("HMMA", "HGMMA") for i in instructions)
+        codes.append(Code(name, *resources[name], spills, wide, narrow, tensor_core))
     return codes
 
 

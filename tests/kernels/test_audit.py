@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,47 @@ def test_planted_faults_are_noticed():
     assert "shared memory above 227 KiB" in problems["many stages"]
 
 
+CUDA_FAULTS = r"""
+import json, re, shutil, sys
+from pathlib import Path
+from benchmarks import audit
+
+folder = Path(sys.argv[1], "csrc", "cuda")
+shutil.copytree(audit.CUDA_SOURCES, folder)
+
+def change(file, pattern, replacement):
+    text, count = re.subn(pattern, replacement, (folder / file).read_text())
+    assert count, pattern
+    (folder / file).write_text(text)
+
+def audited():
+    findings = audit.check_source(shutil.which("nvcc"), folder / "attention_fwd.cu", "80")
+    return {finding.label: finding.problems for finding in findings}
+
+# one kernel, to compile fast
+change("attention_host.h", r"case (80|96|128):\n.*\n", "")
+change("attention_host.h", r"return with_dim\(Instance<__nv_bfloat16, 0>\(\)\)", "return nullptr")
+problems = {"nothing": audited()}
+change("attention_fwd.cu", r"__launch_bounds__\(kAttentionThreads, 2\)", "__launch_bounds__(kAttentionThreads, 8)")
+problems["few registers"] = audited()
+change("attention_fwd.cu", r"__launch_bounds__\(kAttentionThreads, 8\)", "")
+change("attention_tile.cuh", r"mma<T>\((c\[.*?\]), (\w+), (\w+\[\d\]), (\w+\[\d\])\)", r"\1[0] += \2[0] + \3 + \4")
+problems["no products"] = audited()
+print(json.dumps(problems))
+"""
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+def test_planted_faults_in_cuda_are_noticed(tmp_path):
+    result = run_python("-c", CUDA_FAULTS, str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    kernel = "segment_attention_fwd_kernel<fp16, 64>"
+    problems = json.loads(result.stdout)
+    assert problems["nothing"] == {kernel: []}
+    assert len(problems["few registers"][kernel]) == 1 and "spill" in problems["few registers"][kernel][0]
+    assert problems["no products"] == {kernel: ["no tensor-core instructions"]}
+
+
 COMPILE_KEYS = """
 import torch
 from triton.backends.compiler import GPUTarget
@@ -107,6 +149,8 @@ DUMP = """
         /*0000*/                   LDG.E R2, desc[UR26][R2.64] ;          /* 0x1 */
         /*0010*/                   LDGSTS.E.BYPASS.128 [R46], desc[UR26][R10.64], P0 ;
         /*0020*/                   LDG.E.128 R4, desc[UR26][R4.64] ;
+        /*0028*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*002c*/                   HGMMA.64x64x16.F32 R4, gdesc[UR4], RZ, !UPT ;
         /*0030*/              @!P0 BRA 0x10 ;
         /*0040*/               @P0 ATOMG.E.ADD.STRONG.GPU PT, R7, desc[UR26][R4.64+0x4], R7 ;
         /*0050*/              @!P1 LDGSTS.E [R19+0x1200], desc[UR26][R6.64], !P0 ;
@@ -124,8 +168,8 @@ DUMP = """
 def test_machine_code_is_read():
     first, second = sass.parse(DUMP)
     # Neither the load before the loop counts nor those of the loop behind the atomic.
-    assert first == sass.Code("first_kernel", 40, 1024, spills=0, wide_loads=2, narrow_loads=0)
-    assert second == sass.Code("second_kernel", 255, 0, spills=2, wide_loads=0, narrow_loads=2)
+    assert first == sass.Code("first_kernel", 40, 1024, spills=0, wide_loads=2, narrow_loads=0, tensor_core=2)
+    assert second == sass.Code("second_kernel", 255, 0, spills=2, wide_loads=0, narrow_loads=2, tensor_core=0)
 
 
 @pytest.mark.parametrize(
