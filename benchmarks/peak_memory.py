@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,10 +48,20 @@ def measure(workloads: dict[str, Runner], workload: str, segments: int = SEGMENT
 
 
 @functools.cache
-def in_new_process(provider: str, workload: str, settings: str = "{}", segments: int = SEGMENTS) -> int:
-    """`measure` in a fresh interpreter, so that nothing that ran before has grown the heap."""
+def in_new_process(
+    provider: str, workload: str, settings: str = "{}", segments: int = SEGMENTS, mmap_threshold: int | None = None
+) -> int:
+    """`measure` in a fresh interpreter, so that nothing that ran before has grown the heap.
+
+    With `mmap_threshold`, glibc maps every larger block by itself instead of raising that threshold as it goes: what is
+    freed then leaves no holes in the heap.
+    """
     command = [sys.executable, "-m", "benchmarks.peak_memory", provider, workload, settings, str(segments)]
-    result = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    environment = dict(os.environ)
+    if mmap_threshold is not None:
+        environment["MALLOC_MMAP_THRESHOLD_"] = str(mmap_threshold)
+    folder = Path(__file__).parent.parent
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
     return int(result.stdout.split()[-1])

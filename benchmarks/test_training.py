@@ -20,7 +20,8 @@ ROUNDS = 2
 TIME_GOAL = 1.3
 MEMORY_GOAL = 3.0
 # short segments, so that 32 of them take a minute: python -m benchmarks.peak_memory hmt train '{}' 32 has long ones
-DEPTHS, DEPTH_LENGTH = (4, 16, 32), 128
+DEPTHS, DEPTH_LENGTH = (4, 16, 32), 64
+MMAP_THRESHOLD = 2**17
 
 
 @pytest.mark.parametrize("baseline", ["plain loop", "HMT-pytorch"])
@@ -54,20 +55,22 @@ def test_extra_peak_memory(baseline: str, benchmark: Any, rows: Rows) -> None:
 
 
 @pytest.mark.parametrize("segments", DEPTHS)
-def test_peak_memory_by_depth(segments: int, benchmark: Any, rows: Rows) -> None:
+@pytest.mark.parametrize("mmap_threshold", [None, MMAP_THRESHOLD], ids=["malloc", "mmap"])
+def test_peak_memory_by_depth(segments: int, mmap_threshold: int | None, benchmark: Any, rows: Rows) -> None:
     """The ratio is to the fewest segments: how much more it takes to train at this depth."""
     skip_if(peak_memory.unavailable())
     settings = json.dumps({"segment_length": DEPTH_LENGTH})
-    measure = functools.partial(peak_memory.in_new_process, OURS, "train", settings)
-    least = measure(DEPTHS[0]) / 2**20
-    here = benchmark.pedantic(measure, args=(segments,), rounds=1) / 2**20
+    measure = functools.partial(peak_memory.in_new_process, OURS, "train", settings, mmap_threshold=mmap_threshold)
+    least = measure(segments=DEPTHS[0]) / 2**20
+    here = benchmark.pedantic(measure, kwargs={"segments": segments}, rounds=1) / 2**20
+    allocator = "" if mmap_threshold is None else f", MALLOC_MMAP_THRESHOLD_={mmap_threshold}"
     rows.append(
         {
             "benchmark": "training depth",
             "workload": f"train, {segments} segments of {DEPTH_LENGTH}",
             "metric": "extra peak memory",
             "comparison": f"{DEPTHS[0]} segments",
-            "provider": OURS,
+            "provider": OURS + allocator,
             "value": f"{here:.5g}",
             "unit": "MiB",
             "ratio": f"{here / least:.3f}",
