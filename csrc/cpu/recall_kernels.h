@@ -205,8 +205,9 @@ float dot(Row<E> x, Row<E> y, int64_t dim) {
 template <class E>
 struct Queries {
   Row<E> query[kMaxQueries], d_recalled[kMaxQueries];
-  float delta[kMaxQueries];
+  float delta[kMaxQueries], d_lse[kMaxQueries];
   float p[kMaxQueries][kRows], ds[kMaxQueries][kRows];  // ds: of the product, that is with softmax_scale
+  float excess[kMaxQueries] = {};                       // sum of p (do . M - delta), which is zero but for rounding
 };
 
 // d_memory of kWriteRows rows from `first` on, and their share of partial; kOne: there is one query only.
@@ -245,8 +246,8 @@ void backward(const Recall& p, int64_t b, int64_t begin, int64_t end, float* par
   for (int64_t q = 0; q < p.queries; ++q) {
     queries.query[q] = row_of<E>(p.query, b, q);
     queries.d_recalled[q] = row_of<E>(p.d_recalled, b, q);
-    const float d_lse = p.d_lse ? p.d_lse[b * p.queries + q] : 0.0f;
-    queries.delta[q] = dot<E>(queries.d_recalled[q], row_of<E>(p.recalled, b, q), p.dim) - d_lse;
+    queries.d_lse[q] = p.d_lse ? p.d_lse[b * p.queries + q] : 0.0f;
+    queries.delta[q] = dot<E>(queries.d_recalled[q], row_of<E>(p.recalled, b, q), p.dim);
   }
   for (int64_t n = begin; n < end; n += kRows) {
     const auto rows = row_block<E>(p.memory, b, n, end);
@@ -257,15 +258,25 @@ void backward(const Recall& p, int64_t b, int64_t begin, int64_t end, float* par
       dot_rows<E, 2>({queries.query[q], queries.d_recalled[q]}, rows, p.dim, products);
       for (int r = 0; r < kRows; ++r) {
         const float score = products[0][r] * p.softmax_scale - p.lse[b * p.queries + q];
-        queries.p[q][r] = r < rows.count ? expf(score) : 0.0f;
-        queries.ds[q][r] =
-            r < rows.count ? p.softmax_scale * queries.p[q][r] * (products[1][r] - queries.delta[q]) : 0.0f;
+        const float weight = r < rows.count ? expf(score) : 0.0f;
+        const float difference = r < rows.count ? products[1][r] - queries.delta[q] : 0.0f;
+        queries.p[q][r] = weight;
+        queries.ds[q][r] = p.softmax_scale * weight * (difference + queries.d_lse[q]);
+        queries.excess[q] += weight * difference;
       }
     }
     for (int first = 0; first < rows.count; first += kWriteRows) {
       const auto write = p.queries == 1 ? write_rows<E, true> : write_rows<E, false>;
       write(p, queries, rows, first, d_row, partial);
     }
+  }
+  // Memories that have much in common would show the excess in full: it is taken out along their mean.
+  for (int64_t q = 0; q < p.queries; ++q) {
+    float* row = partial + q * scratch_stride(p.dim);
+    for_each_block(p.dim, [&](int64_t k, auto part) HMT_INLINE {
+      const Pair mean = E::widen(load<E>(row_of<E>(p.recalled, b, q) + k, part));
+      store_pair(row + k, multiply_add(-p.softmax_scale * queries.excess[q], mean, load_pair(row + k)));
+    });
   }
 }
 

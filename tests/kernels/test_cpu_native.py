@@ -218,3 +218,16 @@ def test_weights_that_vanish_leave_nothing(queries, dtype, isa):
     query, memory, expected = oracles.rising_queue(queries, 60, 72)
     recalled, _, slot = cpu.forward(query.to(dtype), memory.to(dtype), None, 200.0)
     assert torch.equal(recalled, expected.to(dtype)) and slot.eq(59).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_gradients_of_memories_that_are_much_alike(queries, dtype, isa):
+    query, memory, counts, scale = make_case(2, queries, 300, 72, [300, 41], dtype)
+    common = 30 * torch.randn(72)
+    memory = (memory.float() + common).to(dtype)
+    upstream = torch.randn_like(query), torch.randn(query.shape[:2])
+    actual = run(query, memory, counts, scale, *upstream)
+    exact = oracle(query, memory, [300, 41], scale, *upstream, torch.float64)
+    rounded = oracle(query, memory, [300, 41], scale, *upstream, dtype)
+    assert_accurate(actual["d_query"], rounded["d_query"], exact["d_query"], "d_query")
