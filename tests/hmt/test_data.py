@@ -151,7 +151,7 @@ def test_split_holds_back_whole_documents_or_the_end_of_one() -> None:
     train, held_back = split_documents(numbered(50), 0.1)
     assert torch.equal(torch.cat([train[0].ids, held_back[0].ids]), torch.arange(50)) and len(held_back[0].ids) == 5
     for documents, fraction in ((numbered(50), 0.0), (numbered(50), 1.0), (numbered(4), 0.1)):
-        with pytest.raises(ValueError, match="eval_fraction|more than one text"):
+        with pytest.raises(ValueError, match=r"eval_fraction|more than one text"):
             split_documents(documents, fraction)
 
 
