@@ -20,7 +20,7 @@ from hmt.state_file import digest_of, write_whole
 
 TRAINABLE = ("full", "lora", "memory")
 FILE = "hmt_adapter.safetensors"
-FORMAT, VERSION = "hmt-adapter", "1"
+FORMAT, VERSION = "hmt_adapter", "1"
 SETTINGS = (
     "mode",
     "segment_length",
@@ -83,15 +83,15 @@ def save_adapter(model: HMTForCausalLM, directory: str | Path, backbone: str) ->
     tensors = {name: p.detach().cpu().contiguous() for name, p in named.items() if p.requires_grad}
     scales = {name: m.scaling["default"] for name, m in model.named_modules() if hasattr(m, "lora_A")}
     metadata = {
-        "format": FORMAT,
         "version": VERSION,
         "backbone": backbone,
-        "settings": json.dumps({name: getattr(model.config, name) for name in SETTINGS}),
-        "lora": json.dumps(scales),
-        **{f"sha256.{name}": digest_of(name, tensor) for name, tensor in tensors.items()},
+        "settings": {name: getattr(model.config, name) for name in SETTINGS},
+        "lora": scales,
+        "sha256": {name: digest_of(name, tensor) for name, tensor in tensors.items()},
     }
     Path(directory).mkdir(parents=True, exist_ok=True)
-    write_whole(Path(directory) / FILE, save(tensors, metadata))
+    # one entry, because safetensors writes several in random order: equal adapters are equal files
+    write_whole(Path(directory) / FILE, save(tensors, {FORMAT: json.dumps(metadata)}))
 
 
 def load_adapter(
@@ -108,13 +108,13 @@ def load_adapter(
     """
     path = Path(directory) / FILE
     tensors, metadata = _read(path)
-    stored = json.loads(metadata["settings"])
+    stored = metadata["settings"]
     for key in ("mode", "recall_dim"):
         if settings.get(key, stored[key]) != stored[key]:
             raise ValueError(f"{key} of the adapter {str(path)!r} is {stored[key]!r} and cannot be changed")
     if backbone is None:
         backbone = AutoModelForCausalLM.from_pretrained(metadata["backbone"], dtype=dtype)
-    _merge(backbone, tensors, json.loads(metadata["lora"]), path)
+    _merge(backbone, tensors, metadata["lora"], path)
     model = HMTForCausalLM.from_backbone(backbone, **{**stored, **settings})
     expected = {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
     found = {name for name in tensors if not name.startswith("backbone.")}
@@ -132,17 +132,21 @@ def is_adapter(directory: str | Path) -> bool:
     return (Path(directory) / FILE).is_file()
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
+            metadata = json.loads((file.metadata() or {}).get(FORMAT, "{}"))
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, json.JSONDecodeError) as error:
         raise ValueError(f"{str(path)!r} is damaged or no safetensors file: {error}") from error
-    if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
-        raise ValueError(f"{str(path)!r} must be an HMT adapter of version {VERSION}, got {metadata.get('format')!r}")
+    if metadata.get("version") != VERSION:
+        raise ValueError(
+            f"{str(path)!r} must be an HMT adapter of version {VERSION!r}, got version {metadata.get('version')!r}"
+        )
+    if set(metadata["sha256"]) != set(tensors):
+        raise ValueError(f"{str(path)!r} is damaged: it should hold {sorted(metadata['sha256'])}")
     for name, tensor in tensors.items():
-        if metadata.get(f"sha256.{name}") != digest_of(name, tensor):
+        if metadata["sha256"][name] != digest_of(name, tensor):
             raise ValueError(f"{str(path)!r} is damaged: tensor {name!r} does not match its SHA-256")
     return tensors, metadata
 

@@ -1,4 +1,4 @@
-"""The command line: hmt score FILE, hmt generate FILE, hmt profile FILE, hmt info."""
+"""The command line: hmt score, generate and profile FILE, hmt train and evaluate DATA, hmt info."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import TextStreamer
 from transformers.utils import logging as transformers_logging
 
+from hmt.cli_train import add_evaluate, add_train
 from hmt.config import MODES
 from hmt.loading import Loaded, encode_file, load
 from hmt.profiling import profile_pass
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     try:
         return arguments.run(arguments)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"hmt: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -80,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--trace", metavar="JSON", help="write a chrome trace for Perfetto")
     command.set_defaults(run=_profile)
 
+    add_train(commands, _add_memory_options)
+    add_evaluate(commands)
+
     command = commands.add_parser(
         "info",
         help="versions, devices and usable kernels; with --model also that model's settings",
@@ -98,6 +102,10 @@ def _add_text_options(command: argparse.ArgumentParser, *, timed: bool = True) -
         command.add_argument("--max-seconds", type=float, metavar="S", help="stop reading after about S seconds")
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
     command.add_argument("--device", help="for example cpu or cuda:0 (default: a GPU when there is one)")
+    _add_memory_options(command)
+
+
+def _add_memory_options(command: argparse.ArgumentParser) -> None:
     memory = command.add_argument_group(
         "memory", "how the text is read; a saved HMT brings its own values, other models use the defaults in brackets"
     )

@@ -76,7 +76,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="damaged or no safetensors file"):
         load_adapter(tmp_path, backbone())
     save_file({"memory": torch.zeros(1, 64)}, tmp_path / FILE)
-    with pytest.raises(ValueError, match="must be an HMT adapter of version 1"):
+    with pytest.raises(ValueError, match="must be an HMT adapter of version '1'"):
         load_adapter(tmp_path, backbone())
 
 
