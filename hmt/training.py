@@ -138,7 +138,7 @@ class HMTTrainer(Trainer):
     Args:
         model: an HMT in any mode; parameters that require no gradient stay as they are (see `hmt.adapters.select`).
         args: TrainingArguments; max_steps follows from the stages.
-        documents: what to train on.
+        documents: what to train on; or a Dataset of examples that is already in order, one after the other.
         stages: what each step trains on, and how.
         memory_learning_rate: of the memory's own parameters; None means args.learning_rate.
         decay: the part of the learning rate that is left at the last step of an exponential decay; None leaves the
@@ -154,7 +154,7 @@ class HMTTrainer(Trainer):
         self,
         model: HMTForCausalLM,
         args: TrainingArguments,
-        documents: Sequence[Document],
+        documents: Sequence[Document] | Dataset,
         stages: Sequence[Stage] = PAPER_STAGES,
         *,
         memory_learning_rate: float | None = None,
@@ -178,9 +178,11 @@ class HMTTrainer(Trainer):
             args.label_names = ["labels"]  # or Trainer expects shift_labels as well, and evaluates without a loss
         if args.include_num_input_tokens_seen == "no":
             args.include_num_input_tokens_seen = "all"
-        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         length = model.config.segment_length
-        examples = StagedExamples(documents, [n for n, _ in self.plan], length, per_step, args.seed)
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        examples = documents
+        if not isinstance(documents, Dataset):
+            examples = StagedExamples(documents, [n for n, _ in self.plan], length, per_step, args.seed)
         evaluated = None if eval_documents is None else FixedExamples(eval_documents, stages[-1].segments[-1], length)
         kwargs.setdefault("data_collator", pad_batch)
         super().__init__(model, args, train_dataset=examples, eval_dataset=evaluated, **kwargs)
