@@ -77,7 +77,8 @@ def save_adapter(model: HMTForCausalLM, directory: str | Path, backbone: str) ->
     """Write what `select` left to train, and how to read with it, into one small file of a directory.
 
     Args:
-        backbone: directory or hub name of the backbone, for `load_adapter`.
+        backbone: directory or hub name for `load_adapter` of what was trained on: a language model, or an HMT or
+            adapter, of which the backbone is used.
     """
     named = dict(model.named_parameters())
     tensors = {name: p.detach().cpu().contiguous() for name, p in named.items() if p.requires_grad}
@@ -113,7 +114,13 @@ def load_adapter(
         if settings.get(key, stored[key]) != stored[key]:
             raise ValueError(f"{key} of the adapter {str(path)!r} is {stored[key]!r} and cannot be changed")
     if backbone is None:
-        backbone = AutoModelForCausalLM.from_pretrained(metadata["backbone"], dtype=dtype)
+        name = metadata["backbone"]
+        base = (
+            load_adapter(name, dtype=dtype)
+            if is_adapter(name)
+            else AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        )
+        backbone = base.backbone if isinstance(base, HMTForCausalLM) else base
     _merge(backbone, tensors, metadata["lora"], path)
     model = HMTForCausalLM.from_backbone(backbone, **{**stored, **settings})
     expected = {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}

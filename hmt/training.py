@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -186,7 +186,7 @@ class HMTTrainer(Trainer):
         evaluated = None if eval_documents is None else FixedExamples(eval_documents, stages[-1].segments[-1], length)
         kwargs.setdefault("data_collator", pad_batch)
         super().__init__(model, args, train_dataset=examples, eval_dataset=evaluated, **kwargs)
-        self._clock = (time.perf_counter(), 0)
+        self._clock: tuple[float, int] | None = None  # when the last loss was logged, and the tokens seen by then
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # the data set is in order already
@@ -223,6 +223,7 @@ class HMTTrainer(Trainer):
         return self.lr_scheduler
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        self._clock = self._clock or (perf_counter(), self.state.num_input_tokens_seen)
         with self._stage():
             return super().training_step(model, *args, **kwargs)
 
@@ -240,17 +241,13 @@ class HMTTrainer(Trainer):
         for name in ("loss", "eval_loss"):
             if name in logs:
                 logs[name.replace("loss", "ppl")] = math.exp(min(logs[name], 700.0))
-        if "loss" in logs:
-            now, seen = time.perf_counter(), self.state.num_input_tokens_seen
+        if "loss" in logs and self._clock:
+            now, seen = perf_counter(), self.state.num_input_tokens_seen
             then, before = self._clock
             logs["tokens_per_second"] = round((seen - before) / (now - then), 1)
             self._clock = (now, seen)
             logs["segments"] = self.plan[self.state.global_step - 1][0]
         super().log(logs)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._clock = (time.perf_counter(), self.state.num_input_tokens_seen)
-        return super().train(*args, **kwargs)
 
 
 def last_checkpoint(directory: str | Path) -> str | None:

@@ -18,6 +18,14 @@ def trainable(model: torch.nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
+@torch.no_grad()
+def randomize(model: torch.nn.Module) -> None:
+    """Change what is trained, so that it matters whether it is there."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
 def test_what_is_trained() -> None:
     model = hmt_model()
     every = {name for name, _ in model.named_parameters()}
@@ -43,10 +51,7 @@ def test_a_loaded_adapter_gives_the_same_logits(name: str, what: str, mode: str,
     model = hmt_model(name, mode=mode, summary_source="previous", summary_fraction=0.25)
     select(model, what, rank=2, alpha=8)
     assert len([n for n in trainable(model) if "lora_" in n]) == (0 if what == "memory" else {"gpt2": 4}.get(name, 8))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    randomize(model)
     ids = torch.randint(3, VOCAB, (2, 50))
     backbone(name).save_pretrained(tmp_path / "base")
     save_adapter(model, tmp_path / "small", str(tmp_path / "base"))
@@ -59,6 +64,28 @@ def test_a_loaded_adapter_gives_the_same_logits(name: str, what: str, mode: str,
     assert wider.config.queue_size == 7
     with pytest.raises(ValueError, match="mode of the adapter"):
         load_adapter(tmp_path / "small", mode="hmt" if mode != "hmt" else "rmt")
+
+
+@pytest.mark.parametrize("first", ["adapter", "model"])
+def test_an_adapter_of_what_has_been_trained_before(first: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    backbone().save_pretrained(tmp_path / "base")
+    model = hmt_model()
+    if first == "adapter":
+        select(model, "lora", rank=2)
+        randomize(model)
+        save_adapter(model, tmp_path / "first", str(tmp_path / "base"))
+        model = load_adapter(tmp_path / "first").eval()
+    else:
+        randomize(model)
+        model.save_pretrained(tmp_path / "first")
+    select(model, "lora", rank=3)
+    randomize(model)
+    save_adapter(model, tmp_path / "second", str(tmp_path / "first"))
+    ids = torch.randint(3, VOCAB, (2, 50))
+    loaded = load_adapter(tmp_path / "second").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=5e-5, rtol=1e-4)
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ def test_curves_of_different_texts_are_refused() -> None:
         compare(one, one)
     with pytest.raises(ValueError, match="at least two tokens"):
         next(read_curve(hmt_model(), texts(1), 2))
+    with pytest.raises(ValueError, match="plain texts"):
+        next(read_curve(hmt_model(), [Document(torch.arange(9), 4)], 2))
     with pytest.raises(ValueError, match="mode must not need more memory"):
         next(read_curve(hmt_model(mode="rmt"), texts(40), 2, mode="hmt"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
@@ -16,6 +17,7 @@ import torch
 from backbones import VOCAB, hmt_model
 from transformers import TrainingArguments
 
+from hmt import training
 from hmt.adapters import select
 from hmt.data import Document
 from hmt.model import HMTForCausalLM
@@ -204,7 +206,7 @@ def test_bfloat16_computes_low_and_keeps_weights_high(tmp_path: Path) -> None:
 
 
 def assert_same_training(resumed: HMTTrainer, whole: HMTTrainer) -> None:
-    for name in ("loss", "grad_norm", "learning_rate", "segments", "step"):
+    for name in ("loss", "grad_norm", "learning_rate", "segments", "step", "num_input_tokens_seen"):
         assert values(resumed, name) == values(whole, name), name
     for (name, a), (_, b) in zip(resumed.model.named_parameters(), whole.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -231,8 +233,9 @@ def test_a_killed_training_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert_same_training(resumed, whole)
 
 
-def test_a_lora_training_resumes_bit_for_bit(tmp_path: Path) -> None:
+def test_a_lora_training_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
+    monkeypatch.setattr(training, "perf_counter", map(float, itertools.count()).__next__)
     whole = resumable_training.build(tmp_path, "lora")
     frozen = {name: p.clone() for name, p in whole.model.named_parameters() if not p.requires_grad}
     whole.train()
@@ -242,6 +245,9 @@ def test_a_lora_training_resumes_bit_for_bit(tmp_path: Path) -> None:
     resumed = resumable_training.build(tmp_path, "lora")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert_same_training(resumed, whole)
+    seen = values(whole, "num_input_tokens_seen")
+    # one second per step on this clock
+    assert values(resumed, "tokens_per_second")[4:] == [b - a for a, b in itertools.pairwise(seen[3:8])]
 
 
 @pytest.mark.parametrize("step", ["stage without recall", "stage with recall"])
