@@ -21,6 +21,8 @@ from hmt.loading import load
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+READINGS = (*MODES, "hmt-causal")
+MODE_HELP = "default: each model's own; repeat for several. hmt-causal recalls by the previous segment: no later token"
 RECIPE = "hmt_recipe.json"
 SCHEDULES = ("exponential", "linear", "cosine", "constant_with_warmup")
 DATA_HELP = "a text file, a jsonl file (fields text, or context, question, answer), a folder of both, or hub:NAME"
@@ -79,7 +81,7 @@ def add_evaluate(commands: Any) -> None:
     )
     command.add_argument("data", metavar="DATA", help=DATA_HELP)
     command.add_argument("--model", required=True, action="append", help="as for hmt score; repeat for several models")
-    command.add_argument("--mode", action="append", choices=MODES, help="default: each model's own; repeat for several")
+    command.add_argument("--mode", action="append", choices=READINGS, help=MODE_HELP)
     command.add_argument("--segments", type=int, default=16, metavar="N", help="segments of a stretch (default 16)")
     command.add_argument("--max-stretches", type=int, metavar="N", help="read only the first N stretches")
     command.add_argument("--max-documents", type=int, metavar="N", help="use only the first N documents")
@@ -221,7 +223,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _read(model: Any, documents: list[Document], mode: str, label: str, arguments: argparse.Namespace) -> Curve:
-    readings = read_curve(model, documents, arguments.segments, mode=mode, limit=arguments.max_stretches)
+    kind, _, causal = mode.partition("-")
+    source, limit = ("previous" if causal else None), arguments.max_stretches
+    readings = read_curve(model, documents, arguments.segments, mode=kind, summary_source=source, limit=limit)
     with tqdm(desc=label, unit="stretch", file=sys.stderr) as bar:
         for curve in readings:
             bar.update()

@@ -61,12 +61,14 @@ def read_curve(
     segments: int,
     *,
     mode: str | None = None,
+    summary_source: str | None = None,
     limit: int | None = None,
 ) -> Iterator[Curve]:
     """Read every stretch of `segments` segments anew, and yield the curve of all stretches read so far.
 
     Args:
         mode: read as "rmt" or "baseline" with the weights of an HMT; None is the model's own mode.
+        summary_source: "previous" shows a memory that sees no later token, "current" what its seeing them is worth.
         limit: read only so many stretches.
 
     Raises:
@@ -80,7 +82,7 @@ def read_curve(
     nll = torch.zeros(len(stretches), segments, dtype=torch.float64)
     count = torch.zeros(len(stretches), segments, dtype=torch.long)
     for row, (number, start, stop) in enumerate(stretches):
-        with reading_as(model, mode):
+        with reading_as(model, mode, summary_source):
             parts = list(score(model, documents[number].ids[None, start:stop], segments_per_step=1))
         for segment, part in enumerate(parts[:segments]):
             nll[row, segment], count[row, segment] = part.nll, part.num_scored

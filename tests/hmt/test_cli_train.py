@@ -56,10 +56,11 @@ def test_train_then_evaluate(what: str, model_dir: Path, texts: Path, tmp_path: 
         result = tmp_path / f"{name.name}.json"
         settings = ["--segment-length", "32", "--num-sensory", "4"]
         command = ["evaluate", str(texts), "--model", str(name), "--segments", "3", "--output", str(result), *settings]
-        assert main([*command, "--mode", "hmt", "--mode", "baseline"]) == 0
+        assert main([*command, "--mode", "hmt", "--mode", "baseline", "--mode", "hmt-causal"]) == 0
         report = json.loads(result.read_text())
         found += [report["readings"][mode]["perplexity"] for mode in ("hmt", "baseline")]
-        assert len(report["comparisons"]) == 1
+        assert len(report["comparisons"]) == 3
+        assert report["readings"]["hmt"] != report["readings"]["hmt-causal"]
     assert trained[0] < (0.97 if what == "memory" else 0.9) * fresh[0]
     if what == "memory":
         assert trained[1] == pytest.approx(fresh[1], rel=1e-4)  # the backbone has not changed

@@ -20,11 +20,12 @@ def texts(*lengths: int) -> list[Document]:
     return [Document(torch.randint(3, VOCAB, (n,), generator=torch.Generator().manual_seed(n))) for n in lengths]
 
 
-@pytest.mark.parametrize("mode", [None, "rmt", "baseline"])
-def test_a_curve_holds_the_losses_of_every_segment(mode: str | None) -> None:
+@pytest.mark.parametrize(("mode", "source"), [(None, None), ("hmt", "previous"), ("rmt", None), ("baseline", None)])
+def test_a_curve_holds_the_losses_of_every_segment(mode: str | None, source: str | None) -> None:
     model, documents = hmt_model(), texts(16 * 7 + 5, 20)
-    *_, curve = read_curve(model, documents, 4, mode=mode)
-    alone = hmt_model(mode=mode or "hmt")
+    *_, curve = read_curve(model, documents, 4, mode=mode, summary_source=source)
+    assert (model.config.mode, model.config.summary_source) == ("hmt", "current")
+    alone = hmt_model(mode=mode or "hmt", summary_source=source or "current")
     alone.load_state_dict(model.state_dict(), strict=False)
     stretches = [documents[0].ids[:64], documents[0].ids[64:], documents[1].ids]
     assert curve.count.tolist() == [[16, 16, 16, 15], [16, 16, 16, 4], [16, 3, 0, 0]]
@@ -39,7 +40,7 @@ def test_a_curve_holds_the_losses_of_every_segment(mode: str | None) -> None:
     assert curve.perplexity == math.exp(curve.nll.sum() / curve.count.sum())
     by_segment = [math.exp(curve.nll[:, i].sum() / curve.count[:, i].sum()) for i in range(4)]
     assert curve.by_segment() == pytest.approx(by_segment)
-    short = next(read_curve(model, documents, 4, mode=mode))
+    short = next(read_curve(model, documents, 4, mode=mode, summary_source=source))
     assert torch.equal(short.nll[0], curve.nll[0]) and len(short.nll) == 1
 
 
@@ -86,6 +87,8 @@ def test_curves_of_different_texts_are_refused() -> None:
         next(read_curve(hmt_model(), texts(1), 2))
     with pytest.raises(ValueError, match="plain texts"):
         next(read_curve(hmt_model(), [Document(torch.arange(9), 4)], 2))
+    with pytest.raises(ValueError, match="summary_source must be one of"):
+        next(read_curve(hmt_model(), texts(40), 2, summary_source="next"))
     with pytest.raises(ValueError, match="mode must not need more memory"):
         next(read_curve(hmt_model(mode="rmt"), texts(40), 2, mode="hmt"))
 
