@@ -3,6 +3,10 @@
 Models of about 0.1 million parameters learn the recall task of `hmt.synthetic` from nothing: as HMT, as RMT (the last
 memory is passed on, nothing is recalled) and as a bare model with the same window. Prints the accuracy by distance and
 writes it as CSV, and as a plot where matplotlib is installed. A run takes some minutes of one CPU core.
+
+examples/results holds what `python examples/synthetic_recall.py --seeds 3` gave: at 16 segments and more HMT was right
+663 times out of 663, RMT 63 times and the bare model 53 times, which is guessing. All had the same 560 steps; what RMT
+would learn in many more was not measured.
 """
 
 from __future__ import annotations
@@ -108,7 +112,8 @@ def save(rows: list[dict], path: Path) -> None:
         axes.fill_between(distances, low, high, color=line.get_color(), alpha=0.2)
     axes.axhline(1 / RecallTask().num_values, color="gray", linestyle=":", label="guessing")
     axes.set(xlabel="segments since the fact was read", ylabel="right answers", ylim=(0, 1.02))
-    axes.legend()
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(loc="center right")
     figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
