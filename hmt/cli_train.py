@@ -28,6 +28,14 @@ SCHEDULES = ("exponential", "linear", "cosine", "constant_with_warmup")
 DATA_HELP = "a text file, a jsonl file (fields text, or context, question, answer), a folder of both, or hub:NAME"
 
 
+def positive(text: str) -> int:
+    """An option that must be an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
 def add_train(commands: Any, add_memory_options: Any) -> None:
     """Add `hmt train` to the subcommands."""
     command = commands.add_parser(
@@ -45,7 +53,7 @@ def add_train(commands: Any, add_memory_options: Any) -> None:
     data = command.add_argument_group("data")
     data.add_argument("--eval", metavar="DATA", help="evaluate on this as well")
     data.add_argument("--eval-fraction", type=float, metavar="F", help="or hold back this part of DATA for it")
-    data.add_argument("--max-documents", type=int, metavar="N", help="use only the first N documents")
+    data.add_argument("--max-documents", type=positive, metavar="N", help="use only the first N documents")
     data.add_argument("--across-documents", action="store_true", help="let examples reach from one text into the next")
     steps = command.add_argument_group("optimization")
     steps.add_argument("--learning-rate", type=float, default=1e-5, metavar="R", help="of the backbone (default 1e-5)")
@@ -57,15 +65,17 @@ def add_train(commands: Any, add_memory_options: Any) -> None:
     steps.add_argument(
         "--max-grad-norm", type=float, default=1.0, metavar="G", help="gradients are clipped to it (1.0)"
     )
-    steps.add_argument("--batch-size", type=int, default=1, metavar="B", help="examples at a time (default 1)")
-    steps.add_argument("--accumulate", type=int, default=1, metavar="A", help="batches per optimizer step (default 1)")
+    steps.add_argument("--batch-size", type=positive, default=1, metavar="B", help="examples at a time (default 1)")
+    steps.add_argument(
+        "--accumulate", type=positive, default=1, metavar="A", help="batches per optimizer step (default 1)"
+    )
     steps.add_argument("--bf16", action="store_true", help="compute in bfloat16, keep weights in float32")
-    steps.add_argument("--lora-rank", type=int, default=8, metavar="R")
+    steps.add_argument("--lora-rank", type=positive, default=8, metavar="R")
     steps.add_argument("--lora-alpha", type=int, default=32, metavar="A")
     steps.add_argument("--seed", type=int, default=0)
     log = command.add_argument_group("log and checkpoints")
-    log.add_argument("--log-every", type=int, default=10, metavar="N", help="steps (default 10)")
-    log.add_argument("--save-every", type=int, default=100, metavar="N", help="steps (default 100)")
+    log.add_argument("--log-every", type=positive, default=10, metavar="N", help="steps (default 10)")
+    log.add_argument("--save-every", type=positive, default=100, metavar="N", help="steps (default 100)")
     log.add_argument("--tensorboard", action="store_true", help="write logs for TensorBoard into DIR/runs as well")
     add_memory_options(command)
     command.set_defaults(run=_train)
@@ -82,13 +92,15 @@ def add_evaluate(commands: Any) -> None:
     command.add_argument("data", metavar="DATA", help=DATA_HELP)
     command.add_argument("--model", required=True, action="append", help="as for hmt score; repeat for several models")
     command.add_argument("--mode", action="append", choices=READINGS, help=MODE_HELP)
-    command.add_argument("--segments", type=int, default=16, metavar="N", help="segments of a stretch (default 16)")
-    command.add_argument("--max-stretches", type=int, metavar="N", help="read only the first N stretches")
-    command.add_argument("--max-documents", type=int, metavar="N", help="use only the first N documents")
+    command.add_argument(
+        "--segments", type=positive, default=16, metavar="N", help="segments of a stretch (default 16)"
+    )
+    command.add_argument("--max-stretches", type=positive, metavar="N", help="read only the first N stretches")
+    command.add_argument("--max-documents", type=positive, metavar="N", help="use only the first N documents")
     command.add_argument("--output", metavar="JSON", help="write results there, and a plot beside it (matplotlib)")
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
     command.add_argument("--device", help="for example cpu or cuda:0 (default: a GPU when there is one)")
-    command.add_argument("--segment-length", type=int, metavar="L", help="default: each model's own, or 512")
+    command.add_argument("--segment-length", type=positive, metavar="L", help="default: each model's own, or 512")
     command.add_argument("--num-sensory", type=int, metavar="K", help="default: each model's own, or 32")
     command.set_defaults(run=_evaluate)
 
@@ -105,7 +117,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.causal:
         settings["summary_source"] = "previous"
     torch.manual_seed(arguments.seed)
-    loaded = load(arguments.model, dtype=torch.float32, **settings)
+    loaded = load(arguments.model, dtype=torch.float32, device="cpu", **settings)  # Trainer moves it
     output = Path(arguments.output)
     checkpoint = _checkpoint(output, last_checkpoint(output), arguments)
     documents = _documents(arguments.data, loaded.tokenizer, arguments)
@@ -201,12 +213,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     for name in arguments.model:
         loaded = load(name, dtype=dtype, device=arguments.device, **settings)
         lengths.add(loaded.model.config.segment_length)
+        if len(lengths) > 1:
+            raise ValueError(f"--segment-length must be given for models of different segments, got {sorted(lengths)}")
         documents = _documents(arguments.data, loaded.tokenizer, arguments)
         for mode in arguments.mode or [loaded.model.config.mode]:
             label = mode if len(arguments.model) == 1 else f"{name} ({mode})"
             curves[label] = _read(loaded.model, documents, mode, label, arguments)
-    if len(lengths) > 1:
-        raise ValueError(f"--segment-length must be given for models of different segments, got {sorted(lengths)}")
     found = report(curves, lengths.pop())
     print(f"{'reading':>24}  {'perplexity':>10}  by segment")
     for label, reading in found["readings"].items():

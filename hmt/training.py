@@ -66,7 +66,7 @@ class Stage:
         return cls(*numbers, mode or None)
 
 
-# section 4 of arXiv 2405.06067: first recurrence alone, then recall over more and more
+# as arXiv 2405.06067 trains: 200 steps of recurrence alone, then 500 with recall over up to 15 segments
 PAPER_STAGES = (Stage(200, (2,), "rmt"), Stage(500, (4, 8, 15)))
 
 
@@ -141,8 +141,8 @@ class HMTTrainer(Trainer):
         documents: what to train on; or a Dataset of examples that is already in order, one after the other.
         stages: what each step trains on, and how.
         memory_learning_rate: of the memory's own parameters; None means args.learning_rate.
-        decay: the part of the learning rate that is left at the last step of an exponential decay; None leaves the
-            schedule to args.lr_scheduler_type.
+        decay: the part of the learning rates that an exponential decay leaves at the end; None leaves the schedule to
+            args.lr_scheduler_type.
         eval_documents: evaluated at the last stage's number of segments, when args.eval_strategy says so.
 
     Example:

@@ -18,6 +18,7 @@ from hmt.loading import load
 
 SENTENCE = "It is a truth universally acknowledged, that a single man in possession of a good fortune... "
 SMALL = ["--segment-length", "32", "--num-sensory", "4", "--queue-size", "5"]
+SETTINGS = {"segment_length": 32, "num_sensory": 4}
 STEPS = ["--stage", "2:2:rmt", "--stage", "4:3", "--log-every", "2", "--save-every", "3", "--learning-rate", "1e-2"]
 
 
@@ -60,12 +61,15 @@ def test_train_then_evaluate(what: str, model_dir: Path, texts: Path, tmp_path: 
         report = json.loads(result.read_text())
         found += [report["readings"][mode]["perplexity"] for mode in ("hmt", "baseline")]
         assert len(report["comparisons"]) == 3
-        assert report["readings"]["hmt"] != report["readings"]["hmt-causal"]
+        causal = report["readings"]["hmt-causal"]["perplexity"]
     assert trained[0] < (0.97 if what == "memory" else 0.9) * fresh[0]
     if what == "memory":
         assert trained[1] == pytest.approx(fresh[1], rel=1e-4)  # the backbone has not changed
-    *_, curve = read_curve(model, load_documents(texts, tokenizer), 3)
-    assert trained[0] == pytest.approx(curve.perplexity, rel=1e-6)
+    (model, tokenizer, _), documents = load(str(model_dir), **SETTINGS), load_documents(texts, tokenizer)
+    for value, source in ((fresh[0], "current"), (causal, "previous")):
+        *_, curve = read_curve(model, documents, 3, summary_source=source)
+        assert value == pytest.approx(curve.perplexity, rel=1e-6)
+    assert fresh[0] != causal
     table = capsys.readouterr().out
     assert re.search(r"^ +hmt +[\d.]+  [\d. ]+$", table, flags=re.MULTILINE)
     assert re.search(r"hmt - baseline: [+-][\d.]+ nats per token, 95 % in \[[+-][\d.]+, [+-][\d.]+\]", table)
@@ -116,6 +120,12 @@ def test_mistakes_are_explained(arguments: list[str], message: str, model_dir, t
     names = {"MODEL": model_dir, "TEXTS": texts, "OUT": tmp_path / "out"}
     assert main([str(names.get(a, a)) for a in arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_numbers_below_one_are_usage_errors(capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "x", "--model", "y", "--segments", "0"])
+    assert "must be at least 1, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])

@@ -191,7 +191,7 @@ def test_evaluation_and_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (found,) = values(trainer, "eval_loss")
     assert values(trainer, "eval_ppl") == [math.exp(found)]
     assert found == pytest.approx(sum(losses) / 46, rel=1e-5)
-    assert list(tmp_path.rglob("events.out.tfevents.*"))
+    assert list((tmp_path / "out" / "runs").rglob("events.out.tfevents.*"))
 
 
 def test_bfloat16_computes_low_and_keeps_weights_high(tmp_path: Path) -> None:
