@@ -51,9 +51,10 @@ def add_train(commands: Any, add_memory_options: Any) -> None:
     command.add_argument("--stage", action="append", metavar="STEPS:SEGMENTS[:MODE]", help="repeat for several stages")
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint in DIR, if there is one")
     data = command.add_argument_group("data")
-    data.add_argument("--eval", metavar="DATA", help="evaluate on this as well")
+    _add_data_options(data, "train")
+    data.add_argument("--eval", metavar="DATA", help="evaluate on this as well; of a hub data set, on --eval-split")
+    data.add_argument("--eval-split", default="validation", metavar="NAME", help="default validation")
     data.add_argument("--eval-fraction", type=float, metavar="F", help="or hold back this part of DATA for it")
-    data.add_argument("--max-documents", type=positive, metavar="N", help="use only the first N documents")
     data.add_argument("--across-documents", action="store_true", help="let examples reach from one text into the next")
     steps = command.add_argument_group("optimization")
     steps.add_argument("--learning-rate", type=float, default=1e-5, metavar="R", help="of the backbone (default 1e-5)")
@@ -96,13 +97,19 @@ def add_evaluate(commands: Any) -> None:
         "--segments", type=positive, default=16, metavar="N", help="segments of a stretch (default 16)"
     )
     command.add_argument("--max-stretches", type=positive, metavar="N", help="read only the first N stretches")
-    command.add_argument("--max-documents", type=positive, metavar="N", help="use only the first N documents")
+    _add_data_options(command, "test")
     command.add_argument("--output", metavar="JSON", help="write results there, and a plot beside it (matplotlib)")
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
     command.add_argument("--device", help="for example cpu or cuda:0 (default: a GPU when there is one)")
     command.add_argument("--segment-length", type=positive, metavar="L", help="default: each model's own, or 512")
     command.add_argument("--num-sensory", type=int, metavar="K", help="default: each model's own, or 32")
     command.set_defaults(run=_evaluate)
+
+
+def _add_data_options(group: Any, split: str) -> None:
+    group.add_argument("--split", default=split, metavar="NAME", help=f"of a hub data set (default {split})")
+    group.add_argument("--text-field", default="text", metavar="NAME", help="of jsonl and hub data sets (default text)")
+    group.add_argument("--max-documents", type=positive, metavar="N", help="use only the first N documents")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -120,10 +127,10 @@ def _train(arguments: argparse.Namespace) -> int:
     loaded = load(arguments.model, dtype=torch.float32, device="cpu", **settings)  # Trainer moves it
     output = Path(arguments.output)
     checkpoint = _checkpoint(output, last_checkpoint(output), arguments)
-    documents = _documents(arguments.data, loaded.tokenizer, arguments)
+    documents = _documents(arguments.data, loaded.tokenizer, arguments, arguments.split)
     evaluated = None
     if arguments.eval:
-        evaluated = _documents(arguments.eval, loaded.tokenizer, arguments)
+        evaluated = _documents(arguments.eval, loaded.tokenizer, arguments, arguments.eval_split)
     elif arguments.eval_fraction is not None:
         documents, evaluated = split_documents(documents, arguments.eval_fraction)
     count = select(loaded.model, arguments.what, rank=arguments.lora_rank, alpha=arguments.lora_alpha)
@@ -197,8 +204,11 @@ def _checkpoint(output: Path, checkpoint: str | None, arguments: argparse.Namesp
     return checkpoint
 
 
-def _documents(source: str, tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace) -> list[Document]:
-    documents = load_documents(source, tokenizer, limit=arguments.max_documents)
+def _documents(
+    source: str, tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace, split: str
+) -> list[Document]:
+    field, limit = arguments.text_field, arguments.max_documents
+    documents = load_documents(source, tokenizer, split=split, text_field=field, limit=limit)
     if getattr(arguments, "across_documents", False):
         documents = [join_documents(documents, tokenizer.eos_token_id)]
     return documents
@@ -215,7 +225,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         lengths.add(loaded.model.config.segment_length)
         if len(lengths) > 1:
             raise ValueError(f"--segment-length must be given for models of different segments, got {sorted(lengths)}")
-        documents = _documents(arguments.data, loaded.tokenizer, arguments)
+        documents = _documents(arguments.data, loaded.tokenizer, arguments, arguments.split)
         for mode in arguments.mode or [loaded.model.config.mode]:
             label = mode if len(arguments.model) == 1 else f"{name} ({mode})"
             curves[label] = _read(loaded.model, documents, mode, label, arguments)

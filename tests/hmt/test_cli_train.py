@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import logging as transformers_logging
@@ -90,6 +92,24 @@ def test_resume_goes_on_with_the_same_recipe_only(model_dir: Path, texts: Path, 
     assert "these differ: warmup_steps (0, now 1)" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0
     assert (out / FILE).read_bytes() == finished
+
+
+def test_hub_data_sets_are_asked_for_their_splits(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    asked = []
+
+    def load_dataset(name: str, config: str | None, split: str, streaming: bool) -> object:
+        asked.append((name, config, split))
+        return iter([{"body": SENTENCE}, {"body": SENTENCE[3:]}, {"body": 0}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    data = ["hub:some/books:large", "--model", str(model_dir), "--text-field", "body", "--max-documents", "2"]
+    train = ["train", *data, "--output", str(tmp_path / "out"), "--eval", "hub:some/books", "--stage", "1:2", *SMALL]
+    assert main(train) == 0
+    assert main(["evaluate", *data, "--segments", "2", "--max-stretches", "2", "--segment-length", "32"]) == 0
+    large, plain = ("some/books", "large"), ("some/books", None)
+    assert asked == [(*large, "train"), (*plain, "validation"), (*large, "test")]
 
 
 def test_models_of_different_segments_are_not_compared(model_dir: Path, texts: Path, tmp_path: Path, capsys) -> None:
