@@ -5,8 +5,8 @@ memory is passed on, nothing is recalled) and as a bare model with the same wind
 writes it as CSV, and as a plot where matplotlib is installed. A run takes some minutes of one CPU core.
 
 examples/results holds what `python examples/synthetic_recall.py --seeds 3` gave: at 16 segments and more HMT was right
-663 times out of 663, RMT 63 times and the bare model 53 times, which is guessing. All had the same 560 steps; what RMT
-would learn in many more was not measured.
+663 times out of 663, RMT 63 times and the bare model 53 times, which is guessing. All had the same 560 steps; three
+times as many did not help RMT (one seed: 30 % at distance 1, 6 % at 16).
 """
 
 from __future__ import annotations

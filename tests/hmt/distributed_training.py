@@ -36,7 +36,8 @@ def train(directory: str | Path, batch_size: int, wrapped: bool = False) -> dict
         report_to="none",
         use_cpu=True,
     )
-    trainer = HMTTrainer(hmt_model(queue_size=2), arguments, texts, [Stage(2, (2,), "rmt"), Stage(2, (4,))])
+    model = hmt_model(queue_size=2).double()  # rounding is then far below the tolerance
+    trainer = HMTTrainer(model, arguments, texts, [Stage(2, (2,), "rmt"), Stage(2, (4,))])
     trainer.train()
     if wrapped != isinstance(trainer.model_wrapped, DistributedDataParallel):
         raise RuntimeError(f"the model was not wrapped as expected: {type(trainer.model_wrapped).__name__}")
