@@ -2,8 +2,9 @@
 
     python -m benchmarks.audit [--only TEXT] [--every-shape]
 
-For each: registers, spills, shared memory against the card's limit, and 16-byte loads in the loops that stream the
-inputs. Prints a table and exits with 1 if a check fails.
+For each: registers, spills, shared memory against the card's limit, 16-byte loads in the loops that stream the
+inputs, and for attention the tensor-core instructions of the architecture. Prints a table and exits with 1 if a check
+fails.
 """
 
 from __future__ import annotations
@@ -30,9 +31,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import sass
-from benchmarks.audit_cases import FAMILIES, Case, targets
-from hmt_kernels.memory_recall.triton_configs import SHARED_MEMORY
+from benchmarks.audit_attention import attention_cases
+from benchmarks.audit_cases import Case, recall_cases, targets
 from hmt_kernels.triton_launch import Launch
+from hmt_kernels.triton_tiles import SHARED_MEMORY
+
+# A new family of kernels adds its cases here.
+FAMILIES = (recall_cases, attention_cases)
 
 CUDA_SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 # as setup.py builds them; sm_100 runs the PTX of compute_90, which the driver compiles like this
@@ -41,7 +46,10 @@ CUDA_ARCHITECTURES = {
     "90a": "arch=compute_90a,code=sm_90a",
     "100": "arch=compute_90,code=sm_100",
 }
+# the kernels that must use the tensor cores, by the start of their names
+CUDA_ON_TENSOR_CORES = ("segment_attention_fwd_kernel", "segment_attention_bwd_")
 TRITON_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 
 
@@ -98,7 +106,11 @@ def check_launch(case: Case) -> list[Finding]:
     options = {"num_warps": case.launch.num_warps, "enable_fp_fusion": True}
     compiled = triton.compile(launch_source(case.launch), target=GPUTarget("cuda", arch, 32), options=options)
     (code,) = disassemble(compiled.asm["cubin"])
-    return [judge(case.label, f"sm_{arch}", case.launch.num_warps, code, compiled.metadata.shared, arch)]
+    shared_memory, warps = compiled.metadata.shared, case.launch.num_warps
+    finding = judge(case.label, f"sm_{arch}", warps, code, shared_memory, arch, case.short_loads)
+    if case.tensor_cores and TENSOR_CORES[arch] not in compiled.asm["ptx"]:
+        finding.problems.append(f"no {TENSOR_CORES[arch]}")
+    return [finding]
 
 
 def launch_source(launch: Launch) -> ASTSource:
@@ -127,7 +139,11 @@ def check_source(nvcc: str, source: Path, arch: str) -> list[Finding]:
         subprocess.run(command, check=True, capture_output=True)
         codes = disassemble(cubin.read_bytes())
     number = int(arch.rstrip("a"))
-    return [judge(readable_name(code.name), f"sm_{arch}", None, code, code.shared_memory, number) for code in codes]
+    findings = [judge(readable_name(code.name), f"sm_{arch}", None, code, code.shared_memory, number) for code in codes]
+    for finding in findings:
+        if finding.label.startswith(CUDA_ON_TENSOR_CORES) and not finding.code.tensor_core:
+            finding.problems.append("no tensor-core instructions")
+    return findings
 
 
 def readable_name(mangled: str) -> str:
@@ -148,14 +164,18 @@ def disassemble(cubin: bytes) -> list[sass.Code]:
         return sass.parse(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def judge(label: str, arch: str, warps: int | None, code: sass.Code, shared_memory: int, number: int) -> Finding:
+def judge(
+    label: str, arch: str, warps: int | None, code: sass.Code, shared_memory: int, number: int, short_loads: int = 0
+) -> Finding:
     problems = []
     if code.spills:
         problems.append(f"{code.spills} spill instructions")
     if shared_memory > SHARED_MEMORY[number] * 1024:
         problems.append(f"shared memory above {SHARED_MEMORY[number]} KiB")
-    if code.narrow_loads or not code.wide_loads:
-        problems.append("streaming loads shorter than 16 bytes" if code.narrow_loads else "no streaming loads")
+    if code.narrow_loads > short_loads:
+        problems.append("streaming loads shorter than 16 bytes")
+    elif not code.wide_loads:
+        problems.append("no streaming loads")
     return Finding(label, arch, warps, code, shared_memory, problems)
 
 

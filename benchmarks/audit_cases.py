@@ -24,6 +24,8 @@ class Case(NamedTuple):
     label: str
     target: Target
     launch: Launch
+    tensor_cores: bool = False  # whether it has to use the instructions of its architecture's own
+    short_loads: int = 0  # of one number a row, that the loops may hold
 
 
 def targets() -> list[Target]:
@@ -75,7 +77,3 @@ def recall_case(
     label += f"Q{queries} " if queries > 1 else ""
     label += f"D{dim} {str(dtype).removeprefix('torch.')} tile {config.block_n}x{config.num_stages}"
     return Case(label, target, plan(config=config, target=target))
-
-
-# A new family of kernels adds its cases here.
-FAMILIES = (recall_cases,)

@@ -34,6 +34,6 @@ def build(**settings: Any) -> HMTForCausalLM:
     return HMTForCausalLM.from_backbone(backbone, **{**SETTINGS, **settings})
 
 
-def text(segments: int = SEGMENTS) -> Tensor:
+def text(segments: int = SEGMENTS, segment_length: int = SEGMENT_LENGTH) -> Tensor:
     """Token ids [1, segments * L]."""
-    return torch.randint(VOCAB_SIZE, (1, segments * SEGMENT_LENGTH), generator=torch.Generator().manual_seed(1))
+    return torch.randint(VOCAB_SIZE, (1, segments * segment_length), generator=torch.Generator().manual_seed(1))

@@ -19,6 +19,7 @@ class Code(NamedTuple):
     spills: int  # instructions that read or write local memory
     wide_loads: int  # of 16 bytes or in bulk, in the streaming loops
     narrow_loads: int
+    tensor_core: int  # instructions of the tensor cores
 
 
 _FUNCTION = re.compile(r"^\s*Function : (\S+)", re.M)
@@ -35,21 +36,24 @@ def parse(dump: str) -> list[Code]:
         instructions = [Instruction(int(a, 16), opcode, operands) for a, opcode, operands in _INSTRUCTION.findall(text)]
         spills = sum(i.opcode.split(".")[0] in ("STL", "LDL") for i in instructions)
         wide, narrow = streaming_loads(instructions)
-        codes.append(Code(name, *resources[name], spills, wide, narrow))
+        tensor_core = sum(i.opcode.split(".")[0] in ("HMMA", "HGMMA") for i in instructions)
+        codes.append(Code(name, *resources[name], spills, wide, narrow, tensor_core))
     return codes
 
 
 def streaming_loads(instructions: list[Instruction]) -> tuple[int, int]:
-    """Global loads of 16 bytes or more, and of less, in the loops before the first atomic.
+    """Global loads of 16 bytes or more, and of less, in the loops before the first atomic; anywhere without a loop.
 
     The first atomic counts the blocks that are done; what follows it reads partial results, not the inputs.
     """
     atomics = [i.address for i in instructions if i.opcode.startswith(("ATOMG", "RED"))]
     first_atomic = min(atomics, default=instructions[-1].address + 1)
+    streaming = [(start, end) for start, end in loops(instructions) if end < first_atomic]
+    streaming = streaming or [(0, first_atomic - 1)]
     wide = narrow = 0
     for instruction in instructions:
         width = load_width(instruction.opcode)
-        if width and any(start <= instruction.address <= end < first_atomic for start, end in loops(instructions)):
+        if width and any(start <= instruction.address <= end for start, end in streaming):
             wide += width >= 16
             narrow += width < 16
     return wide, narrow

@@ -23,6 +23,8 @@ ROUNDS = 3
 TOLERANCE = {"plain loop": 1e-4, "HMT-pytorch": 2e-2}
 TIME_GOALS = {"read": 1.5, "score": 1.25}
 MEMORY_GOAL = 8.0
+# for a processor with bfloat16 instructions; others compute it slowly
+BFLOAT16_SEGMENTS, BFLOAT16_GOAL = 4, 1.5
 Rows = list[dict[str, object]]
 provider_runners = functools.cache(runners)
 
@@ -66,6 +68,24 @@ def test_extra_peak_memory(workload: str, baseline: str, benchmark: Any, rows: R
     ratio = benchmark.extra_info["ratio"] = theirs / ours
     goal = MEMORY_GOAL if baseline == "plain loop" else None
     add_rows(rows, (workload, "extra peak memory", "MiB"), {OURS: [ours], baseline: [theirs]}, ratio, goal)
+
+
+@torch.no_grad()
+def test_bfloat16(benchmark: Any, rows: Rows) -> None:
+    """Our own reading in bfloat16 against float32, by turns."""
+    low, full = f"{OURS}, bfloat16", OURS
+    seconds: dict[str, list[float]] = {low: [], full: []}
+    ours = functools.partial(timed, runners(OURS, dtype="bfloat16")["read"], seconds[low])
+    theirs = functools.partial(timed, provider_runners(OURS)["read"], seconds[full])
+    ids = text(BFLOAT16_SEGMENTS)
+    a, b = ours(ids)["memories"].float(), theirs(ids)["memories"]
+    assert (a - b).norm() < 0.1 * b.norm()
+    for runs in seconds.values():
+        runs.clear()
+    benchmark.pedantic(ours, args=(ids,), setup=lambda: theirs(ids) and None, rounds=ROUNDS)
+    ratio = statistics.median(b / a for a, b in zip(*seconds.values(), strict=True))
+    benchmark.extra_info["ratio"] = ratio
+    add_rows(rows, (f"read, {BFLOAT16_SEGMENTS} segments", "time", "s"), seconds, ratio, BFLOAT16_GOAL)
 
 
 def skip_if(reason: str | None) -> None:

@@ -31,7 +31,7 @@ char* row_address(const Recall& p, const Rows& rows, int64_t b, int64_t i) {
 class Partials {
  public:
   explicit Partials(const Recall& p)
-      : chunks(num_chunks(p.slots, p.queries)), queries_(p.queries), stride_(scratch_stride(p.dim)) {
+      : chunks(num_chunks(p.slots, p.queries, p.dim)), queries_(p.queries), stride_(scratch_stride(p.dim)) {
     const size_t bytes = p.batch * chunks * queries_ * stride_ * sizeof(float);
     data_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
     if (bytes > 0 && !data_) throw std::bad_alloc();
@@ -61,7 +61,7 @@ void for_each_chunk(const Recall& p, int64_t chunks, int num_threads, Chunk chun
   std::vector<std::atomic<int64_t>> done(p.batch);
   parallel_for(p.batch * tasks, static_cast<int>(threads), [&](int64_t task) {
     const int64_t b = task / tasks, i = task % tasks, live = live_slots(p, b);
-    const int64_t count = num_chunks(live, p.queries);
+    const int64_t count = num_chunks(live, p.queries, p.dim);
     const auto begin = [&](int64_t chunk) { return chunk < count ? chunk_begin(chunk, count, live) : live; };
     if (i < chunks) chunk(b, i, begin(i), begin(i + 1));
     if (done[b].fetch_add(1) + 1 == tasks) result(b, count);

@@ -67,13 +67,15 @@ inline int64_t divide_up(int64_t a, int64_t b) {
 }
 
 // The live slots of a queue are cut into chunks of whole blocks of kSlotBlock, each with a partial result. Where they
-// are cut depends on nothing but their number and Q, so that no result depends on the threads or the rest of the batch.
-// A power of two of them, as even as can be, keeps as many threads busy to the end.
+// are cut depends on nothing but their number, Q and D, so that no result depends on the threads or the rest of the
+// batch. A power of two of them, as even as can be, keeps as many threads busy to the end.
 constexpr int64_t kMaxChunks = 64, kSlotBlock = 8;
 constexpr int64_t kChunkSlots = 64;  // at least: a chunk also writes and re-reads D floats
+constexpr int64_t kChunkElements = 1 << 15;
 
-inline int64_t num_chunks(int64_t live, int64_t queries) {
-  const int64_t most = std::min(kMaxChunks, live / std::max(kChunkSlots, 2 * queries));
+inline int64_t num_chunks(int64_t live, int64_t queries, int64_t dim) {
+  const int64_t least = std::max({kChunkSlots, 2 * queries, kChunkElements / dim});
+  const int64_t most = std::min(kMaxChunks, live / least);
   int64_t chunks = 1;
   while (2 * chunks <= most) chunks *= 2;
   return live > 0 ? chunks : 0;

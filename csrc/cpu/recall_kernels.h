@@ -146,7 +146,6 @@ void add_and_dot_rows(Row<E> rows, int64_t row_stride, const Weights& weights, R
     Pair total = scale(weights.before, load_pair(partial + k));
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      prefetch<E>(next + (r + kRows) * row_stride + ahead);
       sums[r] = E::dot(sums[r], block, load<E>(next + r * row_stride + ahead, part));
       total = multiply_add(weights.rows[r], E::widen(load<E>(rows + r * row_stride + k, part)), total);
     }

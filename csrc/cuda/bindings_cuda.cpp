@@ -86,8 +86,11 @@ void recall_bwd(const Shape& shape, int dtype, int sm_count, const RowsTuple& qu
 }  // namespace
 }  // namespace hmt::cuda
 
+void register_attention(py::module_& module);
+
 void register_cuda(py::module_& module) {
   using namespace py::literals;
+  register_attention(module);
   module.def("memory_recall_cuda_plan", &hmt::cuda::recall_plan, "shape"_a, "dtype"_a, "sm_count"_a, "backward"_a);
   module.def("memory_recall_cuda_fwd", &hmt::cuda::recall_fwd, py::kw_only(), "shape"_a, "dtype"_a, "sm_count"_a,
              "query"_a, "memory"_a, "num_valid"_a, "recalled"_a, "recalled_copy"_a, "lse"_a, "slot"_a, "new_memory"_a,

@@ -5,9 +5,9 @@
 #include <cmath>
 #include <cstdint>
 
-namespace hmt::cuda {
+#include "dtype.h"
 
-enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+namespace hmt::cuda {
 
 struct RecallShape {
   int64_t batch, queries, slots, dim;  // query [B, Q, D], memory [B, N, D]

@@ -14,15 +14,14 @@ import torch
 from hmt_kernels import triton_launch
 from hmt_kernels.memory_recall.triton_configs import BLOCK_Q, Config, chosen, matrix_config, vector_config
 from hmt_kernels.memory_recall.triton_plans import (
-    has_aligned_rows,
     plan_matrix_backward,
     plan_matrix_forward,
     plan_vector_backward,
     plan_vector_forward,
-    stride,
 )
 from hmt_kernels.memory_recall.triton_vector import memory_recall_vector_fwd_kernel
 from hmt_kernels.triton_launch import Launch, target_of
+from hmt_kernels.triton_tiles import has_aligned_rows, stride
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

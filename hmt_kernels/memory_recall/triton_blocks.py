@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hmt_kernels.triton_tiles import is_last
+
 FLOOR = tl.constexpr(-1e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -98,17 +100,6 @@ def finish(acc0, acc1, m_i, l_i, slot):
     l_i = tl.where(some, l_i, 1.0)
     lse = tl.where(some, m_i + tl.log2(l_i) * LN_2, float("-inf"))
     return acc0 / l_i[:, None], acc1 / l_i[:, None], lse, tl.where(some, slot, -1)
-
-
-@triton.jit
-def is_last(counter_ptr, total):
-    """Whether this block is the last of `total` to arrive; it then sees what the others stored before they came."""
-    # The atomic is issued by one thread: the barrier puts the stores of all threads before it.
-    tl.debug_barrier()
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == total - 1
-    if last:
-        tl.store(counter_ptr, 0)  # zero again for the next launch
-    return last
 
 
 @triton.jit

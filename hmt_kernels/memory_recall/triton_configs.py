@@ -12,6 +12,7 @@ import triton
 import triton.testing
 
 from hmt_kernels.triton_launch import Target
+from hmt_kernels.triton_tiles import SHARED_MEMORY, column_tiles
 
 AUTOTUNE_VARIABLE = "HMT_KERNELS_AUTOTUNE"
 BLOCK_Q = 16  # queries per tile: the rows of one tensor-core instruction
@@ -53,21 +54,7 @@ MATRIX_TABLE = {
 }
 VECTOR_SMALLEST, MATRIX_SMALLEST = 8, 64  # column tiles: narrower ones would not give every thread 16 bytes
 
-SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB per block, by arch
-
 _tuned: dict[tuple[object, ...], Config] = {}
-
-
-def column_tiles(width: int, smallest: int) -> tuple[int, int]:
-    """Two powers of two (or one, and 0) that hold `width` columns; at most a quarter of them stays empty."""
-    first = max(smallest, 1 << (width.bit_length() - 1))
-    if width <= first:
-        return first, 0
-    # The second is not below a quarter of the first, so that every thread gets 16 bytes of it.
-    for second in (max(smallest, first // 4), max(smallest, first // 2)):
-        if width <= first + second:
-            return first, second
-    return 2 * first, 0
 
 
 def vector_config(direction: str, memory: torch.Tensor, target: Target) -> Config:

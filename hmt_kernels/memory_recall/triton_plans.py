@@ -13,12 +13,12 @@ from hmt_kernels.memory_recall.triton_configs import (
     MATRIX_SMALLEST,
     VECTOR_SMALLEST,
     Config,
-    column_tiles,
     num_splits,
 )
 from hmt_kernels.memory_recall.triton_matrix import memory_recall_matrix_bwd_kernel, memory_recall_matrix_fwd_kernel
 from hmt_kernels.memory_recall.triton_vector import memory_recall_vector_bwd_kernel, memory_recall_vector_fwd_kernel
 from hmt_kernels.triton_launch import Launch, Target
+from hmt_kernels.triton_tiles import column_tiles, has_aligned_rows, stride
 
 NUM_STATS = triton_blocks.NUM_STATS.value
 NUM_COUNTERS = triton_blocks.NUM_COUNTERS.value
@@ -201,16 +201,6 @@ def column_slices(dim: int, max_slice: int) -> tuple[int, int]:
     """Into how many equal slices, multiples of 16, the columns are cut."""
     slices = -(-dim // max_slice)
     return slices, -(-dim // (16 * slices)) * 16
-
-
-def stride(tensor: torch.Tensor, dim: int) -> int:
-    # A dimension of size one may have any stride; it must not spoil the alignment.
-    return tensor.stride(dim) if tensor.shape[dim] > 1 else 0
-
-
-def has_aligned_rows(tensor: torch.Tensor) -> bool:
-    """Whether the elements of a row are adjacent, and rows lie multiples of 8 elements apart."""
-    return tensor.stride(-1) == 1 and all(stride(tensor, dim) % 8 == 0 for dim in range(tensor.dim() - 1))
 
 
 def _constants(dim: int, tiles: tuple[int, int], config: Config, splits: int, *tensors: torch.Tensor) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -15,7 +16,9 @@ import pybind11
 
 HERE = Path(__file__).parent
 CUDA = HERE.parents[1] / "csrc" / "cuda"
-KERNELS = ("recall_fwd.cu", "recall_bwd.cu")
+RECALL_KERNELS = ("recall_fwd.cu", "recall_bwd.cu")
+KERNELS = (*RECALL_KERNELS, "attention_rotate.cu", "attention_fwd.cu", "attention_bwd.cu")
+BINDINGS = ("bindings_cuda.cpp", "bindings_attention.cpp")
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or "c++"
 
 COMMON = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DHMT_CUDA_EMULATION", f"-I{HERE}"]
@@ -28,13 +31,18 @@ FLAGS = {
 
 
 def build_module(folder: Path) -> ModuleType:
-    """The bindings over the emulated kernels, imported."""
+    """The bindings over the emulated kernels, imported; processes that share the folder build them once."""
     flags = ["-O1", "-fPIC", "-fvisibility=hidden"]
     # pybind11 is slow to compile, and what it compiles to here need not be fast
     binding_flags = ["-O0", *flags[1:], f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     sources = {CUDA / name: flags for name in KERNELS}
-    sources |= {CUDA / "bindings_cuda.cpp": binding_flags, HERE / "module.cpp": binding_flags}
-    library = _build(folder, "hmt_cuda_emulated.so", sources, ["-shared"], CUDA)
+    sources |= {CUDA / name: binding_flags for name in BINDINGS} | {HERE / "module.cpp": binding_flags}
+    library = folder / "hmt_cuda_emulated.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _build(folder, library.name, sources, ["-shared"], CUDA)
     spec = importlib.util.spec_from_file_location("hmt_cuda_emulated", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -42,10 +50,21 @@ def build_module(folder: Path) -> ModuleType:
 
 
 def build_driver(folder: Path, kind: str, sources: Path = CUDA, forward_only: bool = False) -> Path:
-    """tests/emulation/driver.cpp with the kernels of a folder, a program; `kind` is one of FLAGS."""
+    """tests/emulation/driver.cpp with the recall kernels of a folder, a program; `kind` is one of FLAGS."""
+    kernels = RECALL_KERNELS[:1] if forward_only else RECALL_KERNELS
+    return _build_program(folder, kind, "driver.cpp", sources, kernels, forward_only)
+
+
+def build_attention_driver(folder: Path, kind: str, sources: Path = CUDA, forward_only: bool = False) -> Path:
+    """The same for tests/emulation/driver_attention.cpp, which includes its kernels."""
+    return _build_program(folder, kind, "driver_attention.cpp", sources, (), forward_only)
+
+
+def _build_program(
+    folder: Path, kind: str, driver: str, sources: Path, kernels: tuple[str, ...], forward_only: bool
+) -> Path:
     flags = FLAGS[kind] + (["-DFORWARD_ONLY"] if forward_only else [])
-    kernels = KERNELS[:1] if forward_only else KERNELS
-    files = {HERE / "driver.cpp": flags} | {sources / name: flags for name in kernels}
+    files = {HERE / driver: flags} | {sources / name: flags for name in kernels}
     return _build(folder, f"driver-{kind}", files, flags, sources)
 
 

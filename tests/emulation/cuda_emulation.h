@@ -63,6 +63,12 @@ inline size_t random_below(size_t limit) {
 
 struct Thread;
 
+// What the lanes of a warp bring to ldmatrix and to mma.
+struct Matrices {
+  const unsigned char* row[32];
+  float a[16][16], b[16][8];
+};
+
 // Opens when `expected` threads have come.
 class Barrier {
  public:
@@ -83,6 +89,7 @@ class Barrier {
 struct Warp {
   Barrier barrier{32};
   uint64_t value[2][32];  // of a shuffle; two sets in turn, so that one barrier is enough
+  Matrices matrices[2];
 };
 
 struct Block {
@@ -106,7 +113,7 @@ struct Thread {
   Block* block;
   Warp* warp;
   uint3 index;
-  unsigned shuffles = 0;
+  unsigned shuffles = 0, matrix_instructions = 0;
   std::vector<Copy> open_group;
   std::deque<std::vector<Copy>> groups;
 #ifndef EMULATION_THREADS
@@ -340,6 +347,12 @@ void cp_async_wait() {
     for (const emulation::Copy& copy : groups.front()) std::memcpy(copy.target, copy.source, 16);
   }
 }
+
+}  // namespace hmt::cuda
+
+#include "cuda_emulation_mma.h"
+
+namespace hmt::cuda {
 
 template <typename Params>
 const char* launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes, const Params& params,

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import oracles
 import pytest
 import torch
-from emulation import build
 from tolerance import assert_accurate
 
 from hmt_kernels.memory_recall import cuda
@@ -38,11 +37,6 @@ CASES = {
 class Backend(NamedTuple):
     device: str
     module: object  # with set_seed and fail_next_launch, or the native module
-
-
-@pytest.fixture(scope="session")
-def emulated_module(tmp_path_factory):
-    return build.build_module(tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture

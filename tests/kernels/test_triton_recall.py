@@ -6,6 +6,7 @@ import interpreter_bf16
 import oracles
 import pytest
 import torch
+from kernel_runs import poison_new_memory, shuffle_blocks
 from tolerance import assert_accurate
 
 from hmt_kernels import memory_recall
@@ -48,17 +49,7 @@ def case_name(case):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """Whatever a kernel should have written and did not is NaN, or a number no slot has."""
-
-    def poisoned(allocate):
-        def allocate_and_fill(*args, **kwargs):
-            tensor = allocate(*args, **kwargs)
-            return tensor.fill_(float("nan") if tensor.is_floating_point() else -12345)
-
-        return allocate_and_fill
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    poison_new_memory(monkeypatch)
 
 
 def lay_out(x, layout):
@@ -160,23 +151,6 @@ def test_twenty_repeats_in_random_block_order_give_the_same_bits(queries, slots,
     for position, name in enumerate(("recalled", "lse", "slot", "d_query", "d_memory")):
         if name != "slot":
             assert_accurate(results[0][position], rounded[position], exact[position], name)
-
-
-def shuffle_blocks(monkeypatch):
-    """Let the interpreter, which runs block after block, take them in another order."""
-    if not implementation.INTERPRETED:
-        return  # a GPU has an order of its own
-    from triton.runtime import interpreter
-
-    builder = interpreter.interpreter_builder
-    orders = {}
-
-    def set_grid_idx(x, y, z):
-        blocks = builder.grid_dim[0]
-        order = orders.setdefault(blocks, torch.randperm(blocks).tolist())
-        type(builder).set_grid_idx(builder, order[x], y, z)
-
-    monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
 
 
 @pytest.mark.parametrize("queries", [1, 5])

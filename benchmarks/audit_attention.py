@@ -1,0 +1,69 @@
+"""The launches of segment_attention that the audit compiles: every row of its table of configurations, on meta tensors.
+
+All of them with rotary tables, a window and a hole; those of the commonest head dimensions also without any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.audit_cases import Case
+from hmt_kernels.segment_attention import triton_plans as plans
+from hmt_kernels.segment_attention.triton_configs import decodes
+from hmt_kernels.triton_launch import Launch, Target
+
+PLAIN = {"cos": None, "sin": None, "pad_span": None, "window_size": None}
+DIRECTIONS = ("forward", "dkdv", "dq", "decode")
+
+
+def attention_cases(target: Target, every_shape: bool) -> Iterator[Case]:
+    """float16 has the code of bfloat16 but for the conversions; a head dimension of 80 that of 96 but for the masks."""
+    narrow = (32, 80) if every_shape else ()
+    for dtype, dims in ((torch.bfloat16, (*narrow, 64, 96, 128, 256)), (torch.float32, (64, 128, 256))):
+        for direction in DIRECTIONS:
+            for dim in dims:
+                if direction == "decode" and not decodes(1, 2, dim, dtype.itemsize):
+                    continue  # another kernel takes it
+                for settings in ({}, PLAIN) if every_shape or (dim in (64, 128) and dtype == torch.bfloat16) else ({},):
+                    large = attention_case(direction, 8, dim, dtype, target, **settings)
+                    small = attention_case(direction, 1, dim, dtype, target, **settings)
+                    yield large
+                    if small.label != large.label:
+                        yield small
+    for dim in (64, 96) if every_shape else (96,):
+        yield attention_case("prepare", 8, dim, torch.bfloat16, target)
+
+
+def attention_case(
+    direction: str, batch: int, dim: int, dtype: torch.dtype, target: Target, length: int = 1058, **settings: object
+) -> Case:
+    """The launch of one problem: many heads fill a GPU, or with batch = 1 few that do not."""
+    heads = 4 * batch
+    q_len = 1 if direction == "decode" else length
+    q, k = (torch.empty(batch, n, t, dim, dtype=dtype, device="meta") for n, t in ((2 * heads, q_len), (heads, length)))
+    lse = torch.empty(q.shape[:3], device="meta")
+    table = torch.empty(1, length, dim, device="meta")
+    span = torch.empty(batch, 2, dtype=torch.int32, device="meta")
+    given = {"cos": table, "sin": table, "pad_span": span, "window_size": length // 2} | settings
+    problem = plans.Problem(q, k, k, **given, softmax_scale=0.125, target=target)  # type: ignore[arg-type]
+    stats = torch.empty(2, *lse.shape, device="meta")
+    launch = {
+        "prepare": lambda: plans.plan_prepare(problem, k, q, (q, lse), (q, lse), stats),
+        "forward": lambda: plans.plan_forward(problem, k, q, lse),
+        "decode": lambda: plans.plan_decode(problem, q, lse),
+        "dkdv": lambda: plans.plan_dkdv(problem, q, k, q, stats, k, k),
+        "dq": lambda: plans.plan_dq(problem, q, k, q, stats, q),
+    }[direction]()
+    plain = " plain" if settings == PLAIN else ""
+    label = f"attention {direction} D{dim} {str(dtype).removeprefix('torch.')} {tile_of(launch)}{plain}"
+    # lse and its like, which a thread loads for each of its rows where no pipeline brings them.
+    short_loads = {"dkdv": 16 if launch.arguments.get("BLOCK_D") else 2, "prepare": 3}.get(direction, 0)
+    tensor_cores = direction in ("forward", "dkdv", "dq") and dtype != torch.float32
+    return Case(label, target, launch, tensor_cores, short_loads)
+
+
+def tile_of(launch: Launch) -> str:
+    sizes = [launch.arguments[name] for name in ("BLOCK_M", "BLOCK_N", "STAGES") if name in launch.arguments]
+    return "tile " + "x".join(map(str, sizes)) if sizes else "rows"

@@ -1,0 +1,17 @@
+"""Shared by the tests of the CUDA kernels: one build of the emulated module, whatever files and processes use it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from emulation import build
+
+
+@pytest.fixture(scope="session")
+def emulated_module(tmp_path_factory):
+    """csrc/cuda compiled for the CPU; see tests/emulation."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the workers of one run have their folders in a common one
+        folder = folder.parent
+    return build.build_module(folder / "emulated")
