@@ -1,4 +1,4 @@
-"""The command line: hmt score FILE, hmt generate FILE, hmt profile FILE, hmt info."""
+"""The command line: hmt score, generate and profile FILE, hmt train and evaluate DATA, hmt info."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import TextStreamer
 from transformers.utils import logging as transformers_logging
 
+from hmt.cli_train import add_evaluate, add_train, positive
 from hmt.config import MODES
 from hmt.loading import Loaded, encode_file, load
 from hmt.profiling import profile_pass
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     try:
         return arguments.run(arguments)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"hmt: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         "peak memory. Perplexity is exp of the mean negative log likelihood per token: lower is better.",
     )
     _add_text_options(command)
-    command.add_argument("--every", type=_positive, default=8192, metavar="N", help="tokens per line (default 8192)")
+    command.add_argument("--every", type=positive, default=8192, metavar="N", help="tokens per line (default 8192)")
     command.set_defaults(run=_score)
 
     command = commands.add_parser(
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_text_options(command)
     command.add_argument("--prompt", help="text to add after FILE, for example a question about it")
-    command.add_argument("--max-new-tokens", type=_positive, default=100, metavar="N", help="default 100")
+    command.add_argument("--max-new-tokens", type=positive, default=100, metavar="N", help="default 100")
     command.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
     command.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     command.set_defaults(run=_generate)
@@ -76,9 +77,12 @@ def _parser() -> argparse.ArgumentParser:
         "recurrence takes: summary, recall, main pass, LM head, loss, and the rest; and the peak memory.",
     )
     _add_text_options(command, timed=False)
-    command.add_argument("--segments", type=_positive, default=4, metavar="N", help="segments to read (default 4)")
+    command.add_argument("--segments", type=positive, default=4, metavar="N", help="segments to read (default 4)")
     command.add_argument("--trace", metavar="JSON", help="write a chrome trace for Perfetto")
     command.set_defaults(run=_profile)
+
+    add_train(commands, _add_memory_options)
+    add_evaluate(commands)
 
     command = commands.add_parser(
         "info",
@@ -93,26 +97,23 @@ def _parser() -> argparse.ArgumentParser:
 def _add_text_options(command: argparse.ArgumentParser, *, timed: bool = True) -> None:
     command.add_argument("file", metavar="FILE", help="UTF-8 text to read")
     command.add_argument("--model", required=True, help="directory or hub name of a causal language model or saved HMT")
-    command.add_argument("--max-tokens", type=_positive, metavar="N", help="read only the first N tokens of FILE")
+    command.add_argument("--max-tokens", type=positive, metavar="N", help="read only the first N tokens of FILE")
     if timed:
         command.add_argument("--max-seconds", type=float, metavar="S", help="stop reading after about S seconds")
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
     command.add_argument("--device", help="for example cpu or cuda:0 (default: a GPU when there is one)")
+    _add_memory_options(command)
+
+
+def _add_memory_options(command: argparse.ArgumentParser) -> None:
     memory = command.add_argument_group(
         "memory", "how the text is read; a saved HMT brings its own values, other models use the defaults in brackets"
     )
     memory.add_argument("--mode", choices=MODES, help="hmt: recall the past; rmt: pass one on; baseline: none [hmt]")
-    memory.add_argument("--segment-length", type=_positive, metavar="L", help="tokens read at a time [512]")
+    memory.add_argument("--segment-length", type=positive, metavar="L", help="tokens read at a time [512]")
     memory.add_argument("--num-sensory", type=int, metavar="K", help="tokens of the last segment read again [32]")
-    memory.add_argument("--queue-size", type=_positive, metavar="N", help="past segments that can be recalled [300]")
+    memory.add_argument("--queue-size", type=positive, metavar="N", help="past segments that can be recalled [300]")
     memory.add_argument("--causal", action="store_true", help="recall by the previous segment: sees no later token")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Loaded, torch.Tensor]:

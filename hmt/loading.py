@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from hmt.adapters import is_adapter, load_adapter
 from hmt.model import HMTForCausalLM
 
 
@@ -20,7 +21,7 @@ class Loaded(NamedTuple):
 
 
 def load(name: str, *, dtype: torch.dtype | None = None, device: str | None = None, **settings: Any) -> Loaded:
-    """An HMT from a directory or hub name: a saved HMT as it is, any other causal LM wrapped with new memory.
+    """An HMT from a directory or hub name: a saved HMT or adapter as it is, any other causal LM with new memory.
 
     Args:
         dtype: of the weights; None means bfloat16 on CUDA and float32 elsewhere.
@@ -36,6 +37,9 @@ def load(name: str, *, dtype: torch.dtype | None = None, device: str | None = No
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    if is_adapter(name):
+        model = load_adapter(name, dtype=dtype, **settings)
+        return Loaded(model.to(device).eval(), AutoTokenizer.from_pretrained(name), False)
     config = AutoConfig.from_pretrained(name)
     if config.model_type == "hmt":
         for key in ("mode", "recall_dim"):

@@ -35,9 +35,9 @@ def save_state(state: HMTState, path: str | Path) -> None:
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in named.items() if t is not None}
     metadata = {"format": FORMAT, "version": VERSION, "num_closed": str(state.num_closed)}
-    metadata |= {f"{DIGEST}.{name}": _digest(name, tensor) for name, tensor in tensors.items()}
+    metadata |= {f"{DIGEST}.{name}": digest_of(name, tensor) for name, tensor in tensors.items()}
     metadata[DIGEST] = _digest_of_metadata(metadata)
-    _replace(Path(path), save(tensors, metadata))
+    write_whole(Path(path), save(tensors, metadata))
 
 
 def load_state(path: str | Path, device: torch.device | str = "cpu") -> HMTState:
@@ -60,7 +60,7 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> HMTState
     if expected != set(tensors):
         raise ValueError(f"{str(path)!r} is damaged: it should hold {sorted(expected)}, but holds {sorted(tensors)}")
     for name, tensor in tensors.items():
-        if _digest(name, tensor) != metadata[f"{DIGEST}.{name}"]:
+        if digest_of(name, tensor) != metadata[f"{DIGEST}.{name}"]:
             raise ValueError(f"{str(path)!r} is damaged: tensor {name!r} does not match its SHA-256")
     return _state(path, tensors, int(metadata["num_closed"])).to(device)
 
@@ -92,7 +92,7 @@ def _state(path: Path, tensors: dict[str, Tensor], num_closed: int) -> HMTState:
     return HMTState(queue, num_closed, recent, opened)
 
 
-def _digest(name: str, tensor: Tensor) -> str:
+def digest_of(name: str, tensor: Tensor) -> str:
     """SHA-256 of a contiguous CPU tensor: its name, dtype, shape and bytes."""
     digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
     if tensor.numel():
@@ -105,7 +105,7 @@ def _digest_of_metadata(metadata: dict[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _replace(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Put data into a file that is complete at any moment: written beside it, on disk, then renamed."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from tiny_model import save_tiny_model
 
 import hmt_kernels
 from hmt import rotary
@@ -20,3 +23,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     monkeypatch.setattr(rotary, "segment_attention", counted)
     return made
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a byte tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_model(folder)
+    return folder

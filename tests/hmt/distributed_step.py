@@ -5,7 +5,6 @@ python distributed_step.py FOLDER RANK SIZE runs it under DDP and FSDP2; rank 0 
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import join_group
 
 from hmt import HMTForCausalLM
 
@@ -66,12 +66,7 @@ def prepare(kind: str) -> nn.Module:
 
 
 def main(folder: str, rank: int, size: int) -> None:
-    torch.set_num_threads(1)
-    # what torchrun would set; accelerate asks for an address, but finds the group below, which needs none
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    store = dist.FileStore(str(Path(folder) / "store"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    join_group(folder, rank, size)
     for kind in ("ddp", "fsdp2"):
         model = prepare(kind)
         loss = step(model, rank, size)

@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from backbones import CONFIGS
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hmt import HMTForCausalLM
 from hmt.cli import main
@@ -19,22 +16,6 @@ from hmt.loading import encode_file, load
 from hmt.scoring import score
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune... " * 12
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama and a byte tokenizer, saved as users have them."""
-    folder = tmp_path_factory.mktemp("model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={"</s>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
-    config = CONFIGS["llama"]()
-    config.update({"vocab_size": len(alphabet) + 1, "eos_token_id": 0, "pad_token_id": 0, "bos_token_id": 0})
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -1,0 +1,175 @@
+"""What of a model is trained (everything, LoRA factors, or the memory alone), and small files of only that."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hmt.backbone import unwrap
+from hmt.model import HMTForCausalLM
+from hmt.state_file import digest_of, write_whole
+
+TRAINABLE = ("full", "lora", "memory")
+FILE = "hmt_adapter.safetensors"
+FORMAT, VERSION = "hmt_adapter", "1"
+SETTINGS = (
+    "mode",
+    "segment_length",
+    "num_sensory",
+    "queue_size",
+    "summary_fraction",
+    "summary_source",
+    "recall_dim",
+    "recall_softmax_scale",
+)
+
+
+def select(
+    model: HMTForCausalLM,
+    what: str,
+    *,
+    rank: int = 8,
+    alpha: int = 32,
+    dropout: float = 0.0,
+    target_modules: list[str] | str | None = None,
+) -> int:
+    """Make "full", "lora" or "memory" what requires gradients, and return the number of these parameters.
+
+    Args:
+        what: "full": every parameter; "memory": only what HMT adds to its backbone; "lora": that, and low-rank factors
+            (arXiv 2106.09685) that the package `peft` puts beside the backbone's frozen layers.
+        rank, alpha, dropout, target_modules: of LoRA; target_modules None means PEFT's choice for the architecture.
+
+    Raises:
+        ValueError: another `what`; "memory" for a baseline, which has none.
+        ImportError: "lora" without the package `peft`.
+    """
+    if what not in TRAINABLE:
+        raise ValueError(f"what must be one of {TRAINABLE}, got {what!r}")
+    if what == "memory" and model.config.mode == "baseline":
+        raise ValueError(
+            "what must be 'full' or 'lora' for mode 'baseline', which has no memory to train, got 'memory'"
+        )
+    model.requires_grad_(True)
+    model.backbone.requires_grad_(what == "full")
+    if what == "lora":
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError as error:
+            raise ImportError("what='lora' needs the package `peft`: pip install peft") from error
+        settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules)
+        with warnings.catch_warnings():  # of its own correction for the transposed layers of GPT-2
+            warnings.filterwarnings("ignore", "fan_in_fan_out")
+            inject_adapter_in_model(settings, model.backbone)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def save_adapter(model: HMTForCausalLM, directory: str | Path, backbone: str) -> None:
+    """Write what `select` left to train, and how to read with it, into one small file of a directory.
+
+    Args:
+        backbone: directory or hub name for `load_adapter` of what was trained on: a language model, or an HMT or
+            adapter, of which the backbone is used.
+    """
+    named = dict(model.named_parameters())
+    tensors = {name: p.detach().cpu().contiguous() for name, p in named.items() if p.requires_grad}
+    scales = {name: m.scaling["default"] for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    metadata = {
+        "version": VERSION,
+        "backbone": backbone,
+        "settings": {name: getattr(model.config, name) for name in SETTINGS},
+        "lora": scales,
+        "sha256": {name: digest_of(name, tensor) for name, tensor in tensors.items()},
+    }
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    # one entry, because safetensors writes several in random order: equal adapters are equal files
+    write_whole(Path(directory) / FILE, save(tensors, {FORMAT: json.dumps(metadata)}))
+
+
+def load_adapter(
+    directory: str | Path, backbone: PreTrainedModel | None = None, *, dtype: torch.dtype | None = None, **settings: Any
+) -> HMTForCausalLM:
+    """The model of `save_adapter`; LoRA factors are merged into the backbone, which needs no `peft`.
+
+    Args:
+        backbone: the model that was trained on; its weights are changed. None loads it by the name in the file.
+        settings: fields of `HMTConfig` to read with, in place of those in the file.
+
+    Raises:
+        ValueError: a damaged or foreign file, or one that does not fit the backbone, with the reason.
+    """
+    path = Path(directory) / FILE
+    tensors, metadata = _read(path)
+    stored = metadata["settings"]
+    for key in ("mode", "recall_dim"):
+        if settings.get(key, stored[key]) != stored[key]:
+            raise ValueError(f"{key} of the adapter {str(path)!r} is {stored[key]!r} and cannot be changed")
+    if backbone is None:
+        name = metadata["backbone"]
+        base = (
+            load_adapter(name, dtype=dtype)
+            if is_adapter(name)
+            else AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        )
+        backbone = base.backbone if isinstance(base, HMTForCausalLM) else base
+    _merge(backbone, tensors, metadata["lora"], path)
+    model = HMTForCausalLM.from_backbone(backbone, **{**stored, **settings})
+    expected = {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
+    found = {name for name in tensors if not name.startswith("backbone.")}
+    if found != expected:
+        raise ValueError(f"{str(path)!r} does not fit: it should hold {sorted(expected)}, but holds {sorted(found)}")
+    try:
+        model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{str(path)!r} does not fit the backbone {type(backbone).__name__}: {error}") from error
+    return model
+
+
+def is_adapter(directory: str | Path) -> bool:
+    """Whether `save_adapter` has written into this directory."""
+    return (Path(directory) / FILE).is_file()
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get(FORMAT, "{}"))
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, RuntimeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is damaged or no safetensors file: {error}") from error
+    if metadata.get("version") != VERSION:
+        raise ValueError(
+            f"{str(path)!r} must be an HMT adapter of version {VERSION!r}, got version {metadata.get('version')!r}"
+        )
+    if set(metadata["sha256"]) != set(tensors):
+        raise ValueError(f"{str(path)!r} is damaged: it should hold {sorted(metadata['sha256'])}")
+    for name, tensor in tensors.items():
+        if metadata["sha256"][name] != digest_of(name, tensor):
+            raise ValueError(f"{str(path)!r} is damaged: tensor {name!r} does not match its SHA-256")
+    return tensors, metadata
+
+
+def _merge(backbone: PreTrainedModel, tensors: dict[str, torch.Tensor], scales: dict[str, float], path: Path) -> None:
+    """W + scale B A for each adapted layer; the factors are taken out of `tensors`."""
+    modules = dict(unwrap(backbone).named_modules())
+    for name, scale in scales.items():
+        a, b = (tensors.pop(f"{name}.lora_{x}.default.weight").float() for x in "AB")
+        layer = modules.get(name.removeprefix("backbone."))
+        update = scale * (b @ a)
+        if isinstance(layer, Conv1D):  # GPT-2's linear layer, transposed
+            update = update.T
+        if not isinstance(layer, (nn.Linear, Conv1D)) or layer.weight.shape != update.shape:
+            raise ValueError(
+                f"{str(path)!r} does not fit the backbone {type(backbone).__name__}: no linear layer {name}"
+            )
+        with torch.no_grad():
+            layer.weight += update.to(layer.weight)

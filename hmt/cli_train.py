@@ -1,0 +1,255 @@
+"""The command line's hmt train DATA and hmt evaluate DATA."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from hmt.adapters import TRAINABLE, save_adapter, select
+from hmt.config import MODES
+from hmt.data import Document, join_documents, load_documents, split_documents
+from hmt.evaluation import Curve, read_curve, report, save_report
+from hmt.loading import load
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+READINGS = (*MODES, "hmt-causal")
+MODE_HELP = "default: each model's own; repeat for several. hmt-causal recalls by the previous segment: no later token"
+RECIPE = "hmt_recipe.json"
+SCHEDULES = ("exponential", "linear", "cosine", "constant_with_warmup")
+DATA_HELP = "a text file, a jsonl file (fields text, or context, question, answer), a folder of both, or hub:NAME"
+
+
+def positive(text: str) -> int:
+    """An option that must be an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def add_train(commands: Any, add_memory_options: Any) -> None:
+    """Add `hmt train` to the subcommands."""
+    command = commands.add_parser(
+        "train",
+        help="train the memory of a model, LoRA factors too, or all of it",
+        description="Train on DATA in stages; a stage STEPS:SEGMENTS[:MODE] is so many optimizer steps on texts of so "
+        "many segments, a list like 4,8,15 being a curriculum. The default is the paper's: 200:2:rmt, then 500:4,8,15.",
+    )
+    command.add_argument("data", metavar="DATA", help=DATA_HELP)
+    command.add_argument("--model", required=True, help="directory or hub name of a causal language model or saved HMT")
+    command.add_argument("--output", required=True, metavar="DIR", help="for checkpoints and the result")
+    command.add_argument("--what", choices=TRAINABLE, default="memory", help="what to train (default memory)")
+    command.add_argument("--stage", action="append", metavar="STEPS:SEGMENTS[:MODE]", help="repeat for several stages")
+    command.add_argument("--resume", action="store_true", help="go on from the last checkpoint in DIR, if there is one")
+    data = command.add_argument_group("data")
+    _add_data_options(data, "train")
+    data.add_argument("--eval", metavar="DATA", help="evaluate on this as well; of a hub data set, on --eval-split")
+    data.add_argument("--eval-split", default="validation", metavar="NAME", help="default validation")
+    data.add_argument("--eval-fraction", type=float, metavar="F", help="or hold back this part of DATA for it")
+    data.add_argument("--across-documents", action="store_true", help="let examples reach from one text into the next")
+    steps = command.add_argument_group("optimization")
+    steps.add_argument("--learning-rate", type=float, default=1e-5, metavar="R", help="of the backbone (default 1e-5)")
+    steps.add_argument("--memory-learning-rate", type=float, metavar="R", help="of the memory (default: the same)")
+    steps.add_argument("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="after the warm-up")
+    steps.add_argument("--decay", type=float, default=0.1, metavar="F", help="exponential: part left at the end (0.1)")
+    steps.add_argument("--warmup-steps", type=int, default=0, metavar="N")
+    steps.add_argument("--weight-decay", type=float, default=0.0, metavar="W")
+    steps.add_argument(
+        "--max-grad-norm", type=float, default=1.0, metavar="G", help="gradients are clipped to it (1.0)"
+    )
+    steps.add_argument("--batch-size", type=positive, default=1, metavar="B", help="examples at a time (default 1)")
+    steps.add_argument(
+        "--accumulate", type=positive, default=1, metavar="A", help="batches per optimizer step (default 1)"
+    )
+    steps.add_argument("--bf16", action="store_true", help="compute in bfloat16, keep weights in float32")
+    steps.add_argument("--lora-rank", type=positive, default=8, metavar="R")
+    steps.add_argument("--lora-alpha", type=int, default=32, metavar="A")
+    steps.add_argument("--seed", type=int, default=0)
+    log = command.add_argument_group("log and checkpoints")
+    log.add_argument("--log-every", type=positive, default=10, metavar="N", help="steps (default 10)")
+    log.add_argument("--save-every", type=positive, default=100, metavar="N", help="steps (default 100)")
+    log.add_argument("--tensorboard", action="store_true", help="write logs for TensorBoard into DIR/runs as well")
+    add_memory_options(command)
+    command.set_defaults(run=_train)
+
+
+def add_evaluate(commands: Any) -> None:
+    """Add `hmt evaluate` to the subcommands."""
+    command = commands.add_parser(
+        "evaluate",
+        help="perplexity as a function of what has been read, for several models or modes",
+        description="Read DATA with each model in each mode, in stretches of equal length that begin with an empty "
+        "memory, and compare them segment by segment with confidence intervals.",
+    )
+    command.add_argument("data", metavar="DATA", help=DATA_HELP)
+    command.add_argument("--model", required=True, action="append", help="as for hmt score; repeat for several models")
+    command.add_argument("--mode", action="append", choices=READINGS, help=MODE_HELP)
+    command.add_argument(
+        "--segments", type=positive, default=16, metavar="N", help="segments of a stretch (default 16)"
+    )
+    command.add_argument("--max-stretches", type=positive, metavar="N", help="read only the first N stretches")
+    _add_data_options(command, "test")
+    command.add_argument("--output", metavar="JSON", help="write results there, and a plot beside it (matplotlib)")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
+    command.add_argument("--device", help="for example cpu or cuda:0 (default: a GPU when there is one)")
+    command.add_argument("--segment-length", type=positive, metavar="L", help="default: each model's own, or 512")
+    command.add_argument("--num-sensory", type=int, metavar="K", help="default: each model's own, or 32")
+    command.set_defaults(run=_evaluate)
+
+
+def _add_data_options(group: Any, split: str) -> None:
+    group.add_argument("--split", default=split, metavar="NAME", help=f"of a hub data set (default {split})")
+    group.add_argument("--text-field", default="text", metavar="NAME", help="of jsonl and hub data sets (default text)")
+    group.add_argument("--max-documents", type=positive, metavar="N", help="use only the first N documents")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    # Trainer brings a lot with it, which the other commands need not wait for
+    from hmt.training import PAPER_STAGES, HMTTrainer, Stage, last_checkpoint
+
+    stages = tuple(map(Stage.parse, arguments.stage)) if arguments.stage else PAPER_STAGES
+    if arguments.mode in ("rmt", "baseline") and not arguments.stage:
+        stages = tuple(Stage(stage.steps, stage.segments) for stage in PAPER_STAGES)
+    names = ("mode", "segment_length", "num_sensory", "queue_size")
+    settings = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if arguments.causal:
+        settings["summary_source"] = "previous"
+    torch.manual_seed(arguments.seed)
+    loaded = load(arguments.model, dtype=torch.float32, device="cpu", **settings)  # Trainer moves it
+    output = Path(arguments.output)
+    checkpoint = _checkpoint(output, last_checkpoint(output), arguments)
+    documents = _documents(arguments.data, loaded.tokenizer, arguments, arguments.split)
+    evaluated = None
+    if arguments.eval:
+        evaluated = _documents(arguments.eval, loaded.tokenizer, arguments, arguments.eval_split)
+    elif arguments.eval_fraction is not None:
+        documents, evaluated = split_documents(documents, arguments.eval_fraction)
+    count = select(loaded.model, arguments.what, rank=arguments.lora_rank, alpha=arguments.lora_alpha)
+    tokens = sum(len(d.ids) for d in documents)
+    print(f"training {count:,} parameters on {len(documents)} documents of {tokens:,} tokens", file=sys.stderr)
+    trainer = HMTTrainer(
+        loaded.model,
+        training_arguments(arguments, evaluated is not None),
+        documents,
+        stages,
+        memory_learning_rate=arguments.memory_learning_rate,
+        decay=arguments.decay if arguments.schedule == "exponential" else None,
+        eval_documents=evaluated,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.is_world_process_zero():
+        if arguments.what == "full":
+            loaded.model.save_pretrained(output)
+        else:
+            save_adapter(loaded.model, output, arguments.model)
+        loaded.tokenizer.save_pretrained(output)
+        print(f"saved to {output}")
+    return 0
+
+
+def training_arguments(arguments: argparse.Namespace, evaluates: bool) -> TrainingArguments:
+    """The options of `hmt train` as transformers knows them."""
+    from transformers import TrainingArguments
+
+    exponential = arguments.schedule == "exponential"
+    return TrainingArguments(
+        arguments.output,
+        learning_rate=arguments.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if exponential else arguments.schedule,
+        warmup_steps=arguments.warmup_steps,
+        weight_decay=arguments.weight_decay,
+        max_grad_norm=arguments.max_grad_norm,
+        per_device_train_batch_size=arguments.batch_size,
+        per_device_eval_batch_size=arguments.batch_size,
+        gradient_accumulation_steps=arguments.accumulate,
+        bf16=arguments.bf16,
+        seed=arguments.seed,
+        logging_steps=arguments.log_every,
+        save_steps=arguments.save_every,
+        save_total_limit=2,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=arguments.save_every,
+        report_to="tensorboard" if arguments.tensorboard else "none",
+        prediction_loss_only=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _checkpoint(output: Path, checkpoint: str | None, arguments: argparse.Namespace) -> str | None:
+    """Where to resume from; the recipe of a training is kept beside its checkpoints and must not change."""
+    ignored = ("run", "resume", "output", "log_every", "save_every", "tensorboard")
+    recipe = {name: value for name, value in vars(arguments).items() if name not in ignored}
+    file = output / RECIPE
+    if checkpoint is not None and not arguments.resume:
+        raise ValueError(f"--output must be without checkpoints, or --resume given: {str(output)!r} has {checkpoint!r}")
+    if checkpoint is not None and file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [name for name, value in recipe.items() if before.get(name) != value]
+        if changed:
+            raise ValueError(
+                "--resume must be given the same options as before, but these differ: "
+                + ", ".join(f"{name} ({before.get(name)!r}, now {recipe[name]!r})" for name in changed)
+            )
+    output.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    return checkpoint
+
+
+def _documents(
+    source: str, tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace, split: str
+) -> list[Document]:
+    field, limit = arguments.text_field, arguments.max_documents
+    documents = load_documents(source, tokenizer, split=split, text_field=field, limit=limit)
+    if getattr(arguments, "across_documents", False):
+        documents = [join_documents(documents, tokenizer.eos_token_id)]
+    return documents
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    names = ("segment_length", "num_sensory")
+    settings = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    curves: dict[str, Curve] = {}
+    lengths = set()
+    for name in arguments.model:
+        loaded = load(name, dtype=dtype, device=arguments.device, **settings)
+        lengths.add(loaded.model.config.segment_length)
+        if len(lengths) > 1:
+            raise ValueError(f"--segment-length must be given for models of different segments, got {sorted(lengths)}")
+        documents = _documents(arguments.data, loaded.tokenizer, arguments, arguments.split)
+        for mode in arguments.mode or [loaded.model.config.mode]:
+            label = mode if len(arguments.model) == 1 else f"{name} ({mode})"
+            curves[label] = _read(loaded.model, documents, mode, label, arguments)
+    found = report(curves, lengths.pop())
+    print(f"{'reading':>24}  {'perplexity':>10}  by segment")
+    for label, reading in found["readings"].items():
+        values = reading["perplexity_by_segment"]
+        shown = values if len(values) <= 8 else [values[0], values[1], values[3], values[7], values[-1]]
+        print(f"{label:>24}  {reading['perplexity']:>10.3f}  {' '.join(f'{v:.2f}' for v in shown)}")
+    for c in found["comparisons"]:
+        low, high = c["interval"]
+        print(f"{c['a']} - {c['b']}: {c['nats_per_token']:+.4f} nats per token, 95 % in [{low:+.4f}, {high:+.4f}]")
+    if arguments.output:
+        save_report(found, arguments.output)
+        print(f"written to {arguments.output}")
+    return 0
+
+
+def _read(model: Any, documents: list[Document], mode: str, label: str, arguments: argparse.Namespace) -> Curve:
+    kind, _, causal = mode.partition("-")
+    source, limit = ("previous" if causal else None), arguments.max_stretches
+    readings = read_curve(model, documents, arguments.segments, mode=kind, summary_source=source, limit=limit)
+    with tqdm(desc=label, unit="stretch", file=sys.stderr) as bar:
+        for curve in readings:
+            bar.update()
+            bar.set_postfix(perplexity=f"{curve.perplexity:.2f}")
+    return curve

@@ -1,0 +1,116 @@
+"""Small files of what was trained: the same logits after loading, whatever is damaged or foreign refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from backbones import VOCAB, backbone, hmt_model
+from safetensors.torch import save_file
+
+from hmt.adapters import FILE, load_adapter, save_adapter, select
+
+OWN = {"memory", "summary_prompt", "recall.wq.weight", "recall.wk.weight"}
+
+
+def trainable(model: torch.nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def randomize(model: torch.nn.Module) -> None:
+    """Change what is trained, so that it matters whether it is there."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def test_what_is_trained() -> None:
+    model = hmt_model()
+    every = {name for name, _ in model.named_parameters()}
+    assert select(model, "memory") == sum(p.numel() for n, p in model.named_parameters() if n in OWN)
+    assert trainable(model) == OWN
+    select(model, "full")
+    assert trainable(model) == every
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "mode"),
+    [
+        ("llama", "lora", "hmt"),
+        ("gpt2", "lora", "hmt"),
+        ("qwen2", "lora", "baseline"),
+        ("opt-projected", "memory", "hmt"),
+        ("llama-tied", "memory", "rmt"),
+    ],
+)
+def test_a_loaded_adapter_gives_the_same_logits(name: str, what: str, mode: str, tmp_path: Path) -> None:
+    if what == "lora":
+        pytest.importorskip("peft")
+    model = hmt_model(name, mode=mode, summary_source="previous", summary_fraction=0.25)
+    select(model, what, rank=2, alpha=8)
+    assert len([n for n in trainable(model) if "lora_" in n]) == (0 if what == "memory" else {"gpt2": 4}.get(name, 8))
+    randomize(model)
+    ids = torch.randint(3, VOCAB, (2, 50))
+    backbone(name).save_pretrained(tmp_path / "base")
+    save_adapter(model, tmp_path / "small", str(tmp_path / "base"))
+    assert (tmp_path / "small" / FILE).stat().st_size < (tmp_path / "base" / "model.safetensors").stat().st_size
+    loaded = load_adapter(tmp_path / "small").eval()
+    assert (loaded.config.mode, loaded.config.summary_fraction) == (mode, 0.25)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=2e-5, rtol=1e-4)
+    wider = load_adapter(tmp_path / "small", backbone(name), queue_size=7)
+    assert wider.config.queue_size == 7
+    with pytest.raises(ValueError, match="mode of the adapter"):
+        load_adapter(tmp_path / "small", mode="hmt" if mode != "hmt" else "rmt")
+
+
+@pytest.mark.parametrize("first", ["adapter", "model"])
+def test_an_adapter_of_what_has_been_trained_before(first: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    backbone().save_pretrained(tmp_path / "base")
+    model = hmt_model()
+    if first == "adapter":
+        select(model, "lora", rank=2)
+        randomize(model)
+        save_adapter(model, tmp_path / "first", str(tmp_path / "base"))
+        model = load_adapter(tmp_path / "first").eval()
+    else:
+        randomize(model)
+        model.save_pretrained(tmp_path / "first")
+    select(model, "lora", rank=3)
+    randomize(model)
+    save_adapter(model, tmp_path / "second", str(tmp_path / "first"))
+    ids = torch.randint(3, VOCAB, (2, 50))
+    loaded = load_adapter(tmp_path / "second").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=5e-5, rtol=1e-4)
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    model = hmt_model()
+    select(model, "memory")
+    save_adapter(model, tmp_path, "nowhere")
+    data = bytearray((tmp_path / FILE).read_bytes())
+    with pytest.raises(ValueError, match="does not fit the backbone"):
+        load_adapter(tmp_path, backbone("opt-projected"))
+    data[-5] ^= 1
+    (tmp_path / FILE).write_bytes(data)
+    with pytest.raises(ValueError, match="does not match its SHA-256"):
+        load_adapter(tmp_path, backbone())
+    (tmp_path / FILE).write_bytes(data[:-9])
+    with pytest.raises(ValueError, match="damaged or no safetensors file"):
+        load_adapter(tmp_path, backbone())
+    save_file({"memory": torch.zeros(1, 64)}, tmp_path / FILE)
+    with pytest.raises(ValueError, match="must be an HMT adapter of version '1'"):
+        load_adapter(tmp_path, backbone())
+
+
+def test_lora_factors_need_the_layers_they_were_trained_beside(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    model = hmt_model()
+    select(model, "lora")
+    save_adapter(model, tmp_path, "nowhere")
+    with pytest.raises(ValueError, match="no linear layer"):
+        load_adapter(tmp_path, backbone("gpt2"))
