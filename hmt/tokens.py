@@ -97,9 +97,9 @@ def _with_span(text: Tokens, span: Tensor, clean: bool, single: bool) -> Tokens:
 
 
 def hidden_run(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Half-open range [B, 2] int32 from the first to the last hidden position of a boolean mask [B, T], and whether
+    """Half-open range [B, 2] int32 from the first to the last hidden position of a boolean mask [B, T], and a flag.
 
-    that hides what the mask hides in every row (a boolean scalar tensor): then the range says the same as the mask.
+    The flag, a boolean scalar tensor, says whether the range hides in every row just what the mask hides.
     """
     hidden = ~mask
     count = hidden.sum(dim=1)

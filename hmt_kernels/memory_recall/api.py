@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -14,7 +15,6 @@ from hmt_kernels.dispatch import decide as decide_implementation
 from hmt_kernels.eager import is_watched, refuse_forward_mode
 
 OPS = torch.ops.hmt_kernels
-_INFINITY = float("inf")
 
 
 class RecallOutput(NamedTuple):
@@ -143,7 +143,7 @@ def _implementation_of(
         "memory_recall", query.shape, query.dtype, query.device, memory.shape, memory.dtype, memory.device, counts,
         impl, selected(),
     )  # fmt: skip
-    name = remembered(key) if type(softmax_scale) is float and abs(softmax_scale) < _INFINITY else None
+    name = remembered(key) if type(softmax_scale) is float and math.isfinite(softmax_scale) else None
     if name is None:
         name = chosen(decide(query, memory, num_valid, softmax_scale=softmax_scale, impl=impl))
         remember(key, name)

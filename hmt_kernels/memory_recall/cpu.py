@@ -45,15 +45,14 @@ def forward(
     batch, queries, dim = query.shape
     query, query_rows = _rows(query)
     memory, memory_rows = _rows(memory)
-    counts = None if num_valid is None else num_valid.contiguous()
+    counts = _contiguous(num_valid)
     # sizes one by one: PyTorch takes half a microsecond longer to read a tuple
     recalled = query.new_empty(batch, queries, dim)
     lse = torch.empty(batch, queries, dtype=torch.float32)
     slot = torch.empty(batch, queries, dtype=torch.int32)
     _C.memory_recall_cpu_fwd(
         (batch, queries, memory.shape[1], dim), _DTYPES[query.dtype], softmax_scale, query_rows, memory_rows,
-        0 if counts is None else counts.data_ptr(), recalled.data_ptr(), lse.data_ptr(), slot.data_ptr(),
-        torch.get_num_threads(),
+        _pointer(counts), recalled.data_ptr(), lse.data_ptr(), slot.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return recalled, lse, slot
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hmt_kernels.counters import zeroed_counters
+from hmt_kernels.cuda_launch import has_aligned_rows, pointer, stream, with_aligned_rows
 from hmt_kernels.dispatch import compute_capability
 
 try:
@@ -53,9 +54,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """recalled [B, Q, D], lse [B, Q], slot [B, Q]; memory is read once for every four queries."""
     recalled = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse, slot = _forward(
-        _with_aligned_rows(query), _with_aligned_rows(memory), num_valid, softmax_scale, _rows(recalled)
-    )
+    lse, slot = _forward(with_aligned_rows(query), with_aligned_rows(memory), num_valid, softmax_scale, _rows(recalled))
     return recalled, lse, slot
 
 
@@ -74,8 +73,8 @@ def backward(
     d_memory = torch.empty(memory.shape, dtype=memory.dtype, device=memory.device)
     if query.numel() == 0:
         return d_query, d_memory.zero_()
-    query, memory = _with_aligned_rows(query), _with_aligned_rows(memory)
-    recalled, d_recalled = _with_aligned_rows(recalled), _with_aligned_rows(d_recalled)
+    query, memory = with_aligned_rows(query), with_aligned_rows(memory)
+    recalled, d_recalled = with_aligned_rows(recalled), with_aligned_rows(d_recalled)
     counts = None if num_valid is None else num_valid.contiguous()
     d_lse = None if d_lse is None else d_lse.to(torch.float32).contiguous()
     lse = lse.contiguous()
@@ -85,9 +84,9 @@ def backward(
         d_memory_sum = torch.empty(memory.shape, dtype=torch.float32, device=memory.device)
     with torch.cuda.device_of(query):
         _C.memory_recall_cuda_bwd(
-            **launch.arguments, query=_rows(query), memory=_rows(memory), num_valid=_pointer(counts),
-            recalled=_rows(recalled), d_recalled=_rows(d_recalled), lse=_pointer(lse), d_lse=_pointer(d_lse),
-            d_query=_rows(d_query), d_memory=_rows(d_memory), d_memory_sum=_pointer(d_memory_sum),
+            **launch.arguments, query=_rows(query), memory=_rows(memory), num_valid=pointer(counts),
+            recalled=_rows(recalled), d_recalled=_rows(d_recalled), lse=pointer(lse), d_lse=pointer(d_lse),
+            d_query=_rows(d_query), d_memory=_rows(d_memory), d_memory_sum=pointer(d_memory_sum),
         )  # fmt: skip
     return d_query, d_memory
 
@@ -109,16 +108,16 @@ def step(
     multiples of 16 bytes.
     """
     for name, tensor in (("memory", memory), ("out", out)):
-        if not _has_aligned_rows(tensor):
+        if not has_aligned_rows(tensor):
             raise ValueError(
                 f"{name} must have contiguous rows at multiples of 16 bytes, got strides {tensor.stride()}"
             )
-    new_memory = _with_aligned_rows(new_memory.unsqueeze(1))
+    new_memory = with_aligned_rows(new_memory.unsqueeze(1))
     slot_index = slot_index.contiguous()
     recalled = out[:, :1]
     lse, slot = _forward(
-        _with_aligned_rows(query), memory, num_valid, softmax_scale, _rows(recalled),
-        recalled_copy=_rows(out[:, -1:]), new_memory=_rows(new_memory), slot_index=_pointer(slot_index),
+        with_aligned_rows(query), memory, num_valid, softmax_scale, _rows(recalled),
+        recalled_copy=_rows(out[:, -1:]), new_memory=_rows(new_memory), slot_index=pointer(slot_index),
     )  # fmt: skip
     return recalled, lse, slot
 
@@ -141,8 +140,8 @@ def _forward(
     launch = _prepare(query, memory, softmax_scale, backward=False)
     with torch.cuda.device_of(query):
         _C.memory_recall_cuda_fwd(
-            **launch.arguments, query=_rows(query), memory=_rows(memory), num_valid=_pointer(counts),
-            recalled=recalled, recalled_copy=recalled_copy, lse=_pointer(lse), slot=_pointer(slot),
+            **launch.arguments, query=_rows(query), memory=_rows(memory), num_valid=pointer(counts),
+            recalled=recalled, recalled_copy=recalled_copy, lse=pointer(lse), slot=pointer(slot),
             new_memory=new_memory, slot_index=slot_index,
         )  # fmt: skip
     return lse, slot
@@ -163,7 +162,7 @@ def _prepare(query: torch.Tensor, memory: torch.Tensor, softmax_scale: float, ba
     counters = zeroed_counters(num_counters, query.device)
     arguments = {
         "shape": shape, "dtype": dtype, "sm_count": sm_count, "workspace": workspace.data_ptr(),
-        "counters": counters.data_ptr(), "softmax_scale": softmax_scale, "stream": _stream(query.device),
+        "counters": counters.data_ptr(), "softmax_scale": softmax_scale, "stream": stream(query.device),
     }  # fmt: skip
     return _Launch(arguments, workspace, counters, groups)
 
@@ -173,24 +172,5 @@ def _sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
-
-
 def _rows(tensor: torch.Tensor) -> tuple[int, int, int]:
     return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
-
-
-def _pointer(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _has_aligned_rows(tensor: torch.Tensor) -> bool:
-    vector = 16 // tensor.element_size()
-    steps = (stride for size, stride in zip(tensor.shape[:2], tensor.stride()[:2], strict=True) if size > 1)
-    return tensor.stride(2) == 1 and tensor.data_ptr() % 16 == 0 and all(step % vector == 0 for step in steps)
-
-
-def _with_aligned_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """[B, rows, D] with contiguous rows that start at multiples of 16 bytes: the tensor itself, or else a copy."""
-    return tensor if _has_aligned_rows(tensor) else tensor.clone(memory_format=torch.contiguous_format)

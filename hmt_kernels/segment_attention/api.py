@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from hmt_kernels.dispatch import decide as decide_implementation
 from hmt_kernels.eager import PLAIN, refuse_forward_mode
 from hmt_kernels.segment_attention import sdpa
 
-_INFINITY = float("inf")
 _NO_LSE = {"sdpa": "F.scaled_dot_product_attention does not return softmax_lse, and return_lse=True asks for it"}
 
 
@@ -107,7 +107,7 @@ def _key(
         return None
     if window_size is not None and (type(window_size) is not int or window_size < 1):
         return None
-    if softmax_scale is not None and (type(softmax_scale) is not float or not abs(softmax_scale) < _INFINITY):
+    if softmax_scale is not None and (type(softmax_scale) is not float or not math.isfinite(softmax_scale)):
         return None
     kinds: list[Any] = ["segment_attention", window_size, return_lse, impl, selected()]
     for tensor in (q, k, v, cos, sin, pad_span):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from hmt_kernels.cuda_launch import pointer, stream, with_aligned_rows
 from hmt_kernels.dispatch import compute_capability
 
 try:
@@ -73,13 +74,13 @@ def forward(
     rotary = _rotary(cos, sin)
     rotated_k = _scratch(k, cos)
     pad_span = None if pad_span is None else pad_span.contiguous()
-    aligned_q, aligned_k, aligned_v, aligned_o = (_with_aligned_rows(x) for x in (q, k, v, o))
+    aligned_q, aligned_k, aligned_v, aligned_o = (with_aligned_rows(x) for x in (q, k, v, o))
     with torch.cuda.device_of(q):
         _C.segment_attention_cuda_fwd(
             shape=_shape(q, k), dtype=_DTYPES[q.dtype], q=_heads(aligned_q), k=_heads(aligned_k), v=_heads(aligned_v),
-            o=_heads(aligned_o), lse=lse.data_ptr(), rotary=rotary.argument(), rotated_k=_pointer(rotated_k),
-            pad_span=_pointer(pad_span), window=_window(window_size), softmax_scale=softmax_scale,
-            stream=_stream(q.device),
+            o=_heads(aligned_o), lse=lse.data_ptr(), rotary=rotary.argument(), rotated_k=pointer(rotated_k),
+            pad_span=pointer(pad_span), window=_window(window_size), softmax_scale=softmax_scale,
+            stream=stream(q.device),
         )  # fmt: skip
     return _as(o, aligned_o), lse
 
@@ -110,16 +111,16 @@ def backward(
     dlse = None if dlse is None else dlse.to(torch.float32).contiguous()
     pad_span = None if pad_span is None else pad_span.contiguous()
     softmax_lse = softmax_lse.contiguous()
-    aligned_q, aligned_k, aligned_v, aligned_o, aligned_do = (_with_aligned_rows(x) for x in (q, k, v, o, do))
-    aligned_dq, aligned_dk, aligned_dv = (_with_aligned_rows(x) for x in (dq, dk, dv))
+    aligned_q, aligned_k, aligned_v, aligned_o, aligned_do = (with_aligned_rows(x) for x in (q, k, v, o, do))
+    aligned_dq, aligned_dk, aligned_dv = (with_aligned_rows(x) for x in (dq, dk, dv))
     with torch.cuda.device_of(q):
         _C.segment_attention_cuda_bwd(
             shape=shape, dtype=_DTYPES[q.dtype], q=_heads(aligned_q), k=_heads(aligned_k), v=_heads(aligned_v),
-            o=_heads(aligned_o), lse=softmax_lse.data_ptr(), d_o=_heads(aligned_do), d_lse=_pointer(dlse),
+            o=_heads(aligned_o), lse=softmax_lse.data_ptr(), d_o=_heads(aligned_do), d_lse=pointer(dlse),
             dq=_heads(aligned_dq), dk=_heads(aligned_dk), dv=_heads(aligned_dv), rotary=rotary.argument(),
-            rotated_q=_pointer(rotated_q), rotated_k=_pointer(rotated_k), row_lse=row_lse.data_ptr(),
-            row_delta=row_delta.data_ptr(), pad_span=_pointer(pad_span), window=_window(window_size),
-            softmax_scale=softmax_scale, stream=_stream(q.device),
+            rotated_q=pointer(rotated_q), rotated_k=pointer(rotated_k), row_lse=row_lse.data_ptr(),
+            row_delta=row_delta.data_ptr(), pad_span=pointer(pad_span), window=_window(window_size),
+            softmax_scale=softmax_scale, stream=stream(q.device),
         )  # fmt: skip
     return _as(dq, aligned_dq), _as(dk, aligned_dk), _as(dv, aligned_dv)
 
@@ -165,25 +166,8 @@ def _window(window_size: int | None) -> int:
     return _NO_WINDOW if window_size is None else min(window_size, _NO_WINDOW)
 
 
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
-
-
 def _heads(tensor: torch.Tensor) -> tuple[int, int, int, int]:
     return tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)
-
-
-def _pointer(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _with_aligned_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """[B, H, T, D] with contiguous rows that start at multiples of 16 bytes: the tensor itself, or else a copy."""
-    vector = 16 // tensor.element_size()
-    steps = (stride for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if size > 1)
-    if tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0 and all(step % vector == 0 for step in steps):
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _as(result: torch.Tensor, written: torch.Tensor) -> torch.Tensor:

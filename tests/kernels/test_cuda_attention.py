@@ -70,7 +70,7 @@ class Inputs(NamedTuple):
 def emulated(emulated_module, monkeypatch):
     """hmt_kernels.segment_attention.cuda on CPU tensors."""
     monkeypatch.setattr(cuda, "_C", emulated_module)
-    monkeypatch.setattr(cuda, "_stream", lambda device: 0)
+    monkeypatch.setattr(cuda, "stream", lambda device: 0)
     emulated_module.set_seed(0)
     return Backend("cpu", emulated_module)
 

@@ -44,7 +44,7 @@ def emulated(emulated_module, monkeypatch):
     """hmt_kernels.memory_recall.cuda on CPU tensors, for a card of 132 multiprocessors."""
     monkeypatch.setattr(cuda, "_C", emulated_module)
     monkeypatch.setattr(cuda, "_sm_count", lambda device: 132)
-    monkeypatch.setattr(cuda, "_stream", lambda device: 0)
+    monkeypatch.setattr(cuda, "stream", lambda device: 0)
     emulated_module.set_seed(0)
     return Backend("cpu", emulated_module)
 
