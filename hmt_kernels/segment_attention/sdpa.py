@@ -30,6 +30,9 @@ def attend(
     softmax_scale: float | None,
 ) -> torch.Tensor:
     """o = softmax(softmax_scale * rot(q) rot(k)^T + mask) v, with a mask only where nothing cheaper says the same."""
+    if softmax_scale is not None and softmax_scale <= 0.0:
+        # SDPA scales after it has hidden keys with -inf: NaN for a factor of 0, and seen keys for a negative one
+        q, softmax_scale = (-q, -softmax_scale) if softmax_scale < 0.0 else (0.0 * q, 1.0)
     if window_size is not None:
         unseen = k.shape[2] - q.shape[2] + 1 - window_size
         if unseen > 0:  # these first keys have left the window of every row
