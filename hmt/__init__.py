@@ -8,8 +8,18 @@ from hmt.model import HMTForCausalLM, HMTOutput
 from hmt.recall import MemoryRecall
 from hmt.rotary import fuse_rotary, unfuse_rotary
 from hmt.state import HMTState
+from hmt_kernels import checking
 
-__all__ = ["HMTConfig", "HMTForCausalLM", "HMTOutput", "HMTState", "MemoryRecall", "fuse_rotary", "unfuse_rotary"]
+__all__ = [
+    "HMTConfig",
+    "HMTForCausalLM",
+    "HMTOutput",
+    "HMTState",
+    "MemoryRecall",
+    "checking",
+    "fuse_rotary",
+    "unfuse_rotary",
+]
 
 attention.register()
 AutoConfig.register("hmt", HMTConfig, exist_ok=True)

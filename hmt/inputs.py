@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hmt.config import HMTConfig
+from hmt.outputs import SegmentResult
 from hmt.state import HMTState
+from hmt_kernels.finite import check_finite
 
 
 def check_inputs(
@@ -69,3 +72,25 @@ def check_state(state: HMTState, config: HMTConfig, device: torch.device) -> Non
     where = state.open.ids.device
     if where != device:
         raise ValueError(f"state is on {where}, but input_ids on {device}: move it with state.to({str(device)!r})")
+
+
+def check_values(model: PreTrainedModel, ids: Sequence[Tensor], states: Sequence[HMTState]) -> None:
+    """Raise a ValueError for weights or memories that are not finite, or ids outside of the vocabulary (`checking`)."""
+    for name, parameter in model.named_parameters():
+        check_finite(f"the weight {name}", parameter)
+    for state in states:
+        check_finite("state.queue", state.queue)
+    vocab_size = len(cast(Tensor, model.get_input_embeddings().weight))
+    for tokens in ids:
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+            raise ValueError(
+                f"input_ids must lie from 0 to {vocab_size - 1}, got {int(tokens.min())} to {int(tokens.max())}"
+            )
+
+
+def check_result(result: SegmentResult) -> None:
+    """Raise a ValueError for a segment whose hidden states or memory are not finite (`checking`)."""
+    number = result.state.num_closed - (result.state.num_open == 0)
+    check_finite(f"the recalled memory of segment {number}", result.recalled)
+    check_finite(f"what the backbone makes of segment {number}", result.hidden)
+    check_finite(f"the memory of segment {number}", result.memory)

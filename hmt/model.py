@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hmt.backbone import apply_head, check_backbone, patch_layers
 from hmt.config import HMTConfig
 from hmt.generation import HMTGenerationMixin
-from hmt.inputs import check_inputs, check_state
+from hmt.inputs import check_inputs, check_result, check_state, check_values
 from hmt.loss import IGNORE_INDEX, shift_left, summed_cross_entropy
 from hmt.outputs import HMTOutput, trace_of
 from hmt.passes import open_segment, read_segments
@@ -23,6 +23,7 @@ from hmt.remat import offloaded
 from hmt.serving import forward_rows
 from hmt.state import HMTState, empty_state
 from hmt.tokens import Tokens, join
+from hmt_kernels.finite import is_checking
 
 
 class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
@@ -173,6 +174,8 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
 
         total, kept, results, seen = None, [], [], 0
         for result in read_segments(self, Tokens.of(input_ids, attention_mask), state, use_cache):
+            if is_checking():
+                check_result(result)
             rows, state = result.hidden, result.state
             stop = seen + rows.shape[1]
             if shift_labels is not None:
@@ -199,8 +202,11 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
     def _state(self, state: HMTState | None, input_ids: Tensor) -> HMTState:
         """The caller's state if it can be continued here, or a new one."""
         if state is None:
-            return self.new_state(input_ids.shape[0])
-        check_state(state, self.config, input_ids.device)
+            state = self.new_state(input_ids.shape[0])
+        else:
+            check_state(state, self.config, input_ids.device)
+        if is_checking():
+            check_values(self, [input_ids], [state])
         return state
 
     @torch.no_grad()
@@ -213,6 +219,8 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
         full = max(0, (state.num_open + text.length) // length * length - state.num_open)
         if full:
             for result in read_segments(self, text.slice(0, full), state):
+                if is_checking():
+                    check_result(result)
                 state = result.state
         return open_segment(state, join(state.open, text.slice(full, text.length)))
 

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hmt.backbone import apply_head, embed, run_layers, takes_spans, unwrap
-from hmt.inputs import check_state
+from hmt.inputs import check_state, check_values
 from hmt.kv_cache import batches, copy_of, grow, new_cache, rows_of, together
 from hmt.passes import cache_capacity, can_decode, close_segment, open_segment, read_segments
 from hmt.recurrence import augment, summarize
 from hmt.state import HMTState
 from hmt.tokens import Tokens, join
 from hmt_kernels import memory_recall
+from hmt_kernels.finite import check_finite, is_checking
 
 if TYPE_CHECKING:
     from hmt.model import HMTForCausalLM
@@ -80,6 +81,9 @@ def step(
             if groups[kind]:
                 _read(model, groups[kind])
     kept = [torch.cat(row.hidden)[-logits_to_keep:] for row in rows]
+    if is_checking():
+        for number, hidden in enumerate(kept):
+            check_finite(f"what the backbone makes of document {number}", hidden)
     logits = apply_head(model.backbone, torch.cat(kept)[None])[0]
     return list(logits.split([len(k) for k in kept])), [row.state for row in rows]
 
@@ -102,6 +106,8 @@ def _check(model: HMTForCausalLM, states: Sequence[HMTState], tokens: Sequence[T
                 f"tokens must be integer tensors [t], t >= 1, got {ids.dtype} {list(ids.shape)} at {number}"
             )
         check_state(state, model.config, ids.device)
+    if is_checking():
+        check_values(model, tokens, states)
     kinds = {None if s.queue is None else (s.queue.shape, s.queue.dtype) for s in states}
     if len(kinds) > 1:
         raise ValueError(f"states must have queues of one shape and dtype, got {sorted(map(str, kinds))}")

@@ -5,6 +5,7 @@ environment variable HMT_KERNELS_IMPL choose one by name, `explain` says which o
 """
 
 from hmt_kernels.dispatch import explain, use_impl
+from hmt_kernels.finite import checking
 from hmt_kernels.memory_recall import RecallOutput, memory_recall, memory_recall_step
 from hmt_kernels.segment_attention import segment_attention
 
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "RecallOutput",
     "__version__",
+    "checking",
     "explain",
     "memory_recall",
     "memory_recall_step",

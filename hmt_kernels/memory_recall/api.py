@@ -13,6 +13,7 @@ from hmt_kernels.checks import check_memory_recall, check_memory_recall_step
 from hmt_kernels.dispatch import Decision, chosen, implementation, remember, remembered, selected
 from hmt_kernels.dispatch import decide as decide_implementation
 from hmt_kernels.eager import is_watched, refuse_forward_mode
+from hmt_kernels.finite import check_finite, is_checking
 
 OPS = torch.ops.hmt_kernels
 
@@ -62,6 +63,9 @@ def memory_recall(
         >>> recalled.shape, lse.shape, slot.shape
         (torch.Size([2, 1, 64]), torch.Size([2, 1]), torch.Size([2, 1]))
     """
+    if is_checking():
+        check_memory_recall(query, memory, num_valid, softmax_scale)
+        _check_values(query, memory, num_valid)
     if query is not None and memory is not None and not is_watched(query, memory, num_valid):
         module = _implementation_of(query, memory, num_valid, softmax_scale, impl)
         return RecallOutput(*module.forward(query, memory, num_valid, softmax_scale))
@@ -113,6 +117,9 @@ def memory_recall_step(
         ... )
     """
     check_memory_recall_step(query, memory, new_memory, slot_index, num_valid, softmax_scale, out)
+    if is_checking():
+        _check_values(query, memory, num_valid, slot_index)
+        check_finite("new_memory", new_memory)
     name = chosen(decide_implementation("memory_recall", impl, (query, memory)))
     refuse_forward_mode(query, memory, new_memory)
     arguments = (query, memory, new_memory, slot_index, num_valid, softmax_scale, out, name)
@@ -132,6 +139,21 @@ def decide(
     """Check the arguments of memory_recall and pick its implementation."""
     check_memory_recall(query, memory, num_valid, softmax_scale)
     return decide_implementation("memory_recall", impl, (query, memory))
+
+
+def _check_values(
+    query: torch.Tensor,
+    memory: torch.Tensor,
+    num_valid: torch.Tensor | None,
+    replaced: torch.Tensor | None = None,
+) -> None:
+    """Raise a ValueError for NaN or infinity in query or in a live slot of memory other than `replaced` [B]."""
+    check_finite("query", query)
+    slots = torch.arange(memory.shape[1], device=memory.device)
+    live = torch.ones_like(slots, dtype=torch.bool)[None] if num_valid is None else slots < num_valid[:, None]
+    if replaced is not None:
+        live = live & (slots != replaced[:, None])
+    check_finite("memory", memory, live[:, :, None])
 
 
 def _implementation_of(

@@ -12,6 +12,7 @@ from hmt_kernels.checks import check_segment_attention
 from hmt_kernels.dispatch import Decision, chosen, implementation, remember, remembered, selected
 from hmt_kernels.dispatch import decide as decide_implementation
 from hmt_kernels.eager import PLAIN, refuse_forward_mode
+from hmt_kernels.finite import check_finite, is_checking
 from hmt_kernels.segment_attention import sdpa
 
 _NO_LSE = {"sdpa": "F.scaled_dot_product_attention does not return softmax_lse, and return_lse=True asks for it"}
@@ -65,6 +66,10 @@ def segment_attention(
         >>> segment_attention(q, k, v, window_size=32).shape
         torch.Size([2, 9, 64, 64])
     """
+    if is_checking():
+        check_segment_attention(q, k, v, cos, sin, pad_span, window_size, softmax_scale)
+        for argument, tensor in (("q", q), ("k", k), ("v", v), ("cos", cos), ("sin", sin)):
+            check_finite(argument, tensor)
     key = _key(q, k, v, cos, sin, pad_span, window_size, softmax_scale, return_lse, impl)
     name = None if key is None else remembered(key)
     if name is None:
