@@ -17,6 +17,7 @@ from hmt.config import MODES
 from hmt.data import Document, join_documents, load_documents, split_documents
 from hmt.evaluation import Curve, read_curve, report, save_report
 from hmt.loading import load
+from hmt.recipes import RECIPES
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -25,7 +26,11 @@ READINGS = (*MODES, "hmt-causal")
 MODE_HELP = "default: each model's own; repeat for several. hmt-causal recalls by the previous segment: no later token"
 RECIPE = "hmt_recipe.json"
 SCHEDULES = ("exponential", "linear", "cosine", "constant_with_warmup")
-DATA_HELP = "a text file, a jsonl file (fields text, or context, question, answer), a folder of both, or hub:NAME"
+DATA_HELP = (
+    "a text file, a jsonl file (fields text, or context, question, answer), a folder of both, hub:NAME, or recipe:NAME "
+    f"with NAME one of {', '.join(RECIPES)}; recipe:NAME:FILE reads a local copy, recipe:interleaved:DATA and "
+    "recipe:dilated:DATA mix the texts of DATA"
+)
 
 
 def positive(text: str) -> int:
@@ -107,7 +112,7 @@ def add_evaluate(commands: Any) -> None:
 
 
 def _add_data_options(group: Any, split: str) -> None:
-    group.add_argument("--split", default=split, metavar="NAME", help=f"of a hub data set (default {split})")
+    group.add_argument("--split", default=split, metavar="NAME", help=f"of a hub data set or recipe (default {split})")
     group.add_argument("--text-field", default="text", metavar="NAME", help="of jsonl and hub data sets (default text)")
     group.add_argument("--max-documents", type=positive, metavar="N", help="use only the first N documents")
 
