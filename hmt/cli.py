@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 from transformers import TextStreamer
 from transformers.utils import logging as transformers_logging
 
-from hmt.cli_train import add_evaluate, add_train, positive
+from hmt.cli_evaluate import add_evaluate
+from hmt.cli_train import add_train, positive
 from hmt.config import MODES
 from hmt.loading import Loaded, encode_file, load
 from hmt.profiling import profile_pass

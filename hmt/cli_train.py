@@ -1,4 +1,4 @@
-"""The command line's hmt train DATA and hmt evaluate DATA."""
+"""The command line's hmt train DATA."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hmt.adapters import TRAINABLE, save_adapter, select
-from hmt.config import MODES
 from hmt.data import Document, join_documents, load_documents, split_documents
-from hmt.evaluation import Curve, read_curve, report, save_report
 from hmt.loading import load
+from hmt.recipes import RECIPES
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-READINGS = (*MODES, "hmt-causal")
-MODE_HELP = "default: each model's own; repeat for several. hmt-causal recalls by the previous segment: no later token"
 RECIPE = "hmt_recipe.json"
 SCHEDULES = ("exponential", "linear", "cosine", "constant_with_warmup")
-DATA_HELP = "a text file, a jsonl file (fields text, or context, question, answer), a folder of both, or hub:NAME"
+DATA_HELP = (
+    "a text file, a jsonl file (fields text, or context, question, answer), a folder of both, hub:NAME, or recipe:NAME "
+    f"with NAME one of {', '.join(RECIPES)}; recipe:NAME:FILE reads a local copy, recipe:interleaved:DATA and "
+    "recipe:dilated:DATA mix the texts of DATA"
+)
 
 
 def positive(text: str) -> int:
@@ -51,7 +51,7 @@ def add_train(commands: Any, add_memory_options: Any) -> None:
     command.add_argument("--stage", action="append", metavar="STEPS:SEGMENTS[:MODE]", help="repeat for several stages")
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint in DIR, if there is one")
     data = command.add_argument_group("data")
-    _add_data_options(data, "train")
+    add_data_options(data, "train")
     data.add_argument("--eval", metavar="DATA", help="evaluate on this as well; of a hub data set, on --eval-split")
     data.add_argument("--eval-split", default="validation", metavar="NAME", help="default validation")
     data.add_argument("--eval-fraction", type=float, metavar="F", help="or hold back this part of DATA for it")
@@ -82,32 +82,8 @@ def add_train(commands: Any, add_memory_options: Any) -> None:
     command.set_defaults(run=_train)
 
 
-def add_evaluate(commands: Any) -> None:
-    """Add `hmt evaluate` to the subcommands."""
-    command = commands.add_parser(
-        "evaluate",
-        help="perplexity as a function of what has been read, for several models or modes",
-        description="Read DATA with each model in each mode, in stretches of equal length that begin with an empty "
-        "memory, and compare them segment by segment with confidence intervals.",
-    )
-    command.add_argument("data", metavar="DATA", help=DATA_HELP)
-    command.add_argument("--model", required=True, action="append", help="as for hmt score; repeat for several models")
-    command.add_argument("--mode", action="append", choices=READINGS, help=MODE_HELP)
-    command.add_argument(
-        "--segments", type=positive, default=16, metavar="N", help="segments of a stretch (default 16)"
-    )
-    command.add_argument("--max-stretches", type=positive, metavar="N", help="read only the first N stretches")
-    _add_data_options(command, "test")
-    command.add_argument("--output", metavar="JSON", help="write results there, and a plot beside it (matplotlib)")
-    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
-    command.add_argument("--device", help="for example cpu or cuda:0 (default: a GPU when there is one)")
-    command.add_argument("--segment-length", type=positive, metavar="L", help="default: each model's own, or 512")
-    command.add_argument("--num-sensory", type=int, metavar="K", help="default: each model's own, or 32")
-    command.set_defaults(run=_evaluate)
-
-
-def _add_data_options(group: Any, split: str) -> None:
-    group.add_argument("--split", default=split, metavar="NAME", help=f"of a hub data set (default {split})")
+def add_data_options(group: Any, split: str) -> None:
+    group.add_argument("--split", default=split, metavar="NAME", help=f"of a hub data set or recipe (default {split})")
     group.add_argument("--text-field", default="text", metavar="NAME", help="of jsonl and hub data sets (default text)")
     group.add_argument("--max-documents", type=positive, metavar="N", help="use only the first N documents")
 
@@ -209,47 +185,6 @@ def _documents(
 ) -> list[Document]:
     field, limit = arguments.text_field, arguments.max_documents
     documents = load_documents(source, tokenizer, split=split, text_field=field, limit=limit)
-    if getattr(arguments, "across_documents", False):
+    if arguments.across_documents:
         documents = [join_documents(documents, tokenizer.eos_token_id)]
     return documents
-
-
-def _evaluate(arguments: argparse.Namespace) -> int:
-    names = ("segment_length", "num_sensory")
-    settings = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    curves: dict[str, Curve] = {}
-    lengths = set()
-    for name in arguments.model:
-        loaded = load(name, dtype=dtype, device=arguments.device, **settings)
-        lengths.add(loaded.model.config.segment_length)
-        if len(lengths) > 1:
-            raise ValueError(f"--segment-length must be given for models of different segments, got {sorted(lengths)}")
-        documents = _documents(arguments.data, loaded.tokenizer, arguments, arguments.split)
-        for mode in arguments.mode or [loaded.model.config.mode]:
-            label = mode if len(arguments.model) == 1 else f"{name} ({mode})"
-            curves[label] = _read(loaded.model, documents, mode, label, arguments)
-    found = report(curves, lengths.pop())
-    print(f"{'reading':>24}  {'perplexity':>10}  by segment")
-    for label, reading in found["readings"].items():
-        values = reading["perplexity_by_segment"]
-        shown = values if len(values) <= 8 else [values[0], values[1], values[3], values[7], values[-1]]
-        print(f"{label:>24}  {reading['perplexity']:>10.3f}  {' '.join(f'{v:.2f}' for v in shown)}")
-    for c in found["comparisons"]:
-        low, high = c["interval"]
-        print(f"{c['a']} - {c['b']}: {c['nats_per_token']:+.4f} nats per token, 95 % in [{low:+.4f}, {high:+.4f}]")
-    if arguments.output:
-        save_report(found, arguments.output)
-        print(f"written to {arguments.output}")
-    return 0
-
-
-def _read(model: Any, documents: list[Document], mode: str, label: str, arguments: argparse.Namespace) -> Curve:
-    kind, _, causal = mode.partition("-")
-    source, limit = ("previous" if causal else None), arguments.max_stretches
-    readings = read_curve(model, documents, arguments.segments, mode=kind, summary_source=source, limit=limit)
-    with tqdm(desc=label, unit="stretch", file=sys.stderr) as bar:
-        for curve in readings:
-            bar.update()
-            bar.set_postfix(perplexity=f"{curve.perplexity:.2f}")
-    return curve

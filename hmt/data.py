@@ -1,8 +1,7 @@
-"""Texts and questions from files or a hub, as token documents, cut into examples of whole segments."""
+"""Token documents of texts and questions, cut into examples of whole segments."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,11 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hmt.loss import IGNORE_INDEX
-
-HUB = "hub:"
-TEXT_SUFFIXES = (".txt", ".md")
-RECORD_SUFFIXES = (".jsonl", ".ndjson")
-QA_FIELDS = ("context", "question", "answer")
+from hmt.recipes import RECIPE, check_options, parse_recipe, whole_number
+from hmt.records import read_records
 
 
 class Document(NamedTuple):
@@ -34,91 +30,90 @@ class Document(NamedTuple):
         return {"input_ids": ids, "labels": labels}
 
 
-def read_records(source: str | Path, *, split: str = "train", text_field: str = "text") -> Iterator[dict[str, str]]:
-    """The records of a text file, a jsonl file, a folder of both, or a hub data set "hub:NAME" or "hub:NAME:CONFIG".
+def encode(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Document:
+    """A record of `read_records` as tokens; the answer to a question (the first, if several are right) ends with the
+    tokenizer's end of text, if any."""
+    if "text" in record:
+        return Document(_tokens(record["text"], tokenizer, special=True))
+    prompt = encode_question(record, tokenizer)
+    first = record["answer"] if isinstance(record["answer"], str) else record["answer"][0]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    answer = torch.cat([_tokens(" " + first, tokenizer), torch.tensor(end, dtype=torch.long)])
+    return Document(torch.cat([prompt, answer]), len(prompt))
 
-    A text file is one record. A line of jsonl or row of a data set holds `text_field`, or context, question, answer.
 
-    Args:
-        split: of a hub data set, which is streamed, never downloaded whole.
+def encode_question(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Context and question of a record as token ids [T], up to where the answer begins."""
+    prompt = f"{record['context']}\n\nQuestion: {record['question']}\nAnswer:"
+    return _tokens(prompt, tokenizer, special=True)
+
+
+def _tokens(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = False) -> Tensor:
+    return torch.tensor(tokenizer(text, add_special_tokens=special, verbose=False).input_ids, dtype=torch.long)
+
+
+def read_documents(
+    source: str | Path, tokenizer: PreTrainedTokenizerBase, *, split: str = "train", text_field: str = "text"
+) -> Iterator[Document]:
+    """The records of `read_records` as tokens, one after the other; or texts mixed as the paper does.
+
+    "recipe:interleaved:SOURCE" weaves the texts of SOURCE (any source of `read_records`) two by two, see `interleave`;
+    "recipe:dilated:SOURCE" puts filler into them, see `dilate`. Both take a length: "recipe:dilated,length=500:x".
 
     Raises:
-        ValueError: no such file, no text in it, or a record without these fields, naming file and line.
-        ImportError: a hub data set without the package `datasets`.
+        ValueError, ImportError, OSError: as `read_records`; an option that there is not; questions to be mixed.
     """
-    if str(source).startswith(HUB):
-        rows: Iterable[tuple[str, Mapping[str, Any]]] = _hub_rows(str(source).removeprefix(HUB), split)
+    name, options, inner = parse_recipe(str(source)) if str(source).startswith(RECIPE) else ("", {}, "")
+    if name not in ("interleaved", "dilated"):
+        for record in read_records(source, split=split, text_field=text_field):
+            yield encode(record, tokenizer)
+        return
+    if not inner:
+        raise ValueError(f"{source!r} must name what is mixed, as in {RECIPE}{name}:FILE or {RECIPE}{name}:recipe:pg19")
+    check_options(str(source), options, ("length",))
+    numbers = {key: whole_number(str(source), key, value) for key, value in options.items()}
+    texts = read_documents(inner, tokenizer, split=split, text_field=text_field)
+    if name == "interleaved":
+        yield from interleave(texts, **numbers)
     else:
-        rows = _file_rows(Path(source), text_field)
-    for place, row in rows:
-        yield _record(row, text_field, place)
+        yield from dilate(texts, int(_tokens("$", tokenizer)[-1]), **numbers)
 
 
-def _record(row: Mapping[str, Any], text_field: str, place: str) -> dict[str, str]:
-    fields = QA_FIELDS if all(name in row for name in QA_FIELDS) else (text_field,)
-    if not all(isinstance(row.get(name), str) for name in fields):
-        raise ValueError(
-            f"{place} must hold the string {text_field!r}, or the strings {', '.join(QA_FIELDS)}; "
-            f"it has {', '.join(map(str, row)) or 'nothing'}"
-        )
-    return {"text" if name == text_field else name: row[name] for name in fields}
+def interleave(documents: Iterable[Document], length: int = 100) -> Iterator[Document]:
+    """Every two texts as one that changes between them every `length` tokens until both have ended.
+
+    The topic switches of arXiv 2405.06067, whose code takes 100 tokens. A last text without partner stays as it is.
+
+    Raises:
+        ValueError: questions, whose answers belong to their own context.
+    """
+    documents = iter(documents)
+    while pair := list(islice(documents, 2)):
+        _check_texts(pair)
+        pieces = [document.ids.split(length) for document in pair]
+        common = min(len(p) for p in pieces)
+        woven = [piece for pieces_at in zip(*pieces, strict=False) for piece in pieces_at]
+        yield Document(torch.cat([*woven, *(piece for p in pieces for piece in p[common:])]))
 
 
-def _file_rows(path: Path, text_field: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES + RECORD_SUFFIXES and p.is_file())
-        if not files:
-            raise ValueError(f"{str(path)!r} must hold files *{', *'.join(TEXT_SUFFIXES + RECORD_SUFFIXES)}, got none")
-    elif path.is_file():
-        files = [path]
-    else:
-        raise ValueError(f"data must be a file, a folder or hub:NAME, but there is nothing at {str(path)!r}")
-    for file in files:
-        try:
-            if file.suffix in RECORD_SUFFIXES:
-                yield from _jsonl_rows(file)
-            else:
-                yield str(file), {text_field: file.read_text(encoding="utf-8")}
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{str(file)!r} must be UTF-8 text: {error}") from error
+def dilate(documents: Iterable[Document], filler: int, length: int = 888) -> Iterator[Document]:
+    """Each text with `length` times the token `filler` after every `length` tokens, so that it is twice as far apart.
+
+    As arXiv 2405.06067 thins texts out, whose code takes 888 of "$". The filler is predicted as well, which is easy:
+    a perplexity compares only with others of the same dilation.
+
+    Raises:
+        ValueError: questions, whose answers belong to their own context.
+    """
+    between = torch.full((length,), filler)
+    for document in documents:
+        _check_texts([document])
+        yield Document(torch.cat([part for piece in document.ids.split(length) for part in (piece, between)]))
 
 
-def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            place = f"{str(file)!r}, line {number},"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place} must be a JSON object: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{place} must be a JSON object, got {type(row).__name__}")
-            yield place, row
-
-
-def _hub_rows(name: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError(f"{HUB}{name} needs the package `datasets`: pip install datasets") from error
-    name, _, config = name.partition(":")
-    for number, row in enumerate(load_dataset(name, config or None, split=split, streaming=True)):
-        yield f"{HUB}{name}, row {number},", row
-
-
-def encode(record: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> Document:
-    """A record of `read_records` as tokens; the answer to a question ends with the tokenizer's end of text, if any."""
-
-    def ids(text: str, special: bool = False) -> list[int]:
-        return tokenizer(text, add_special_tokens=special, verbose=False).input_ids
-
-    if "text" in record:
-        return Document(torch.tensor(ids(record["text"], special=True), dtype=torch.long))
-    prompt = ids(f"{record['context']}\n\nQuestion: {record['question']}\nAnswer:", special=True)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return Document(torch.tensor(prompt + ids(" " + record["answer"]) + end, dtype=torch.long), len(prompt))
+def _check_texts(documents: Iterable[Document]) -> None:
+    if any(d.answer_start is not None for d in documents):
+        raise ValueError("documents must be plain texts to be joined or mixed, got questions with answers")
 
 
 def load_documents(
@@ -129,13 +124,13 @@ def load_documents(
     text_field: str = "text",
     limit: int | None = None,
 ) -> list[Document]:
-    """The first `limit` records of `read_records` (None: all) as tokens; texts of fewer than two tokens are left out.
+    """The first `limit` documents of `read_documents` (None: all); texts of fewer than two tokens are left out.
 
     Raises:
-        ValueError, ImportError: as `read_records`; no document that could be learnt from.
+        ValueError, ImportError, OSError: as `read_documents`; no document that could be learnt from.
     """
-    records = islice(read_records(source, split=split, text_field=text_field), limit)
-    documents = [d for d in (encode(record, tokenizer) for record in records) if len(d.ids) > 1]
+    found = islice(read_documents(source, tokenizer, split=split, text_field=text_field), limit)
+    documents = [d for d in found if len(d.ids) > 1]
     if not documents:
         raise ValueError(f"{str(source)!r} must hold a text of at least two tokens, got none")
     return documents
@@ -147,8 +142,7 @@ def join_documents(documents: Sequence[Document], separator: int | None = None) 
     Raises:
         ValueError: questions, whose answers belong to their own context.
     """
-    if any(d.answer_start is not None for d in documents):
-        raise ValueError("documents must be plain texts to be joined, got questions with answers")
+    _check_texts(documents)
     between = [] if separator is None else [torch.tensor([separator])]
     parts = [part for d in documents for part in (*between, d.ids)]
     return Document(torch.cat(parts[len(between) :]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 from hmt.data import Document, windows
 from hmt.model import HMTForCausalLM
 from hmt.modes import reading_as
+from hmt.reports import write_report
 from hmt.scoring import score
 
 
@@ -104,14 +104,21 @@ def compare(a: Curve, b: Curve, *, confidence: float = 0.95, resamples: int = 10
     delta, count = (a.nll - b.nll)[scored], a.count[scored].double()
     if len(delta) < 2:
         raise ValueError(f"a and b must hold at least two segments to resample, got {len(delta)}")
+    return Difference(*bootstrap(delta, count, confidence, resamples, seed), confidence)
+
+
+def bootstrap(
+    total: Tensor, count: Tensor, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """sum(total) / sum(count) of the draws in two tensors [R], and its interval when the draws are resampled."""
     generator = torch.Generator().manual_seed(seed)
     means = torch.empty(resamples, dtype=torch.float64)
     for part in means.split(256):  # the draws of all resamples of a long text would not fit
-        draws = torch.randint(len(delta), (len(part), len(delta)), generator=generator)
-        part.copy_(delta[draws].sum(1) / count[draws].sum(1))
+        draws = torch.randint(len(total), (len(part), len(total)), generator=generator)
+        part.copy_(total[draws].sum(1) / count[draws].sum(1))
     tail = (1 - confidence) / 2
     low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return Difference(float(delta.sum() / count.sum()), low, high, confidence)
+    return float(total.sum() / count.sum()), low, high
 
 
 def report(curves: Mapping[str, Curve], segment_length: int) -> dict[str, Any]:
@@ -120,6 +127,7 @@ def report(curves: Mapping[str, Curve], segment_length: int) -> dict[str, Any]:
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
     differences = {pair: compare(curves[pair[0]], curves[pair[1]]) for pair in pairs}
     return {
+        "task": "perplexity",
         "segment_length": segment_length,
         "readings": {
             name: {
@@ -150,13 +158,11 @@ def save_report(found: dict[str, Any], path: str | Path) -> None:
     Raises:
         OSError: a path that cannot be written.
     """
-    path = Path(path)
-    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    write_report(found, path, draw)
+
+
+def draw(found: dict[str, Any], figure: Any) -> None:
+    """Perplexity of every segment against the tokens read by its end."""
     axes = figure.subplots()
     for name, reading in found["readings"].items():
         values = reading["perplexity_by_segment"]
@@ -164,4 +170,3 @@ def save_report(found: dict[str, Any], path: str | Path) -> None:
     axes.set_xlabel("tokens read")
     axes.set_ylabel("perplexity of the segment")
     axes.legend()
-    figure.savefig(path.with_suffix(".png"), dpi=150)

@@ -140,7 +140,6 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
         state: HMTState | Sequence[HMTState] | None = None,
         use_cache: bool = False,
         logits_to_keep: int | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         output_trace: bool = False,
         **kwargs: Any,
@@ -154,13 +153,15 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
             labels: [B, T] as in transformers: shifted here, -100 is not counted.
             use_cache: keep keys and values of the open segment in the state, for token by token decoding.
             logits_to_keep: logits of the last so many tokens, 0 for all; None means all, or none with a loss.
-            shift_labels: labels already shifted: shift_labels[:, t] follows input_ids[:, t].
             num_items_in_batch: divisor of the loss instead of the number of labels, for gradient accumulation.
             output_trace: also return memories, recalled embeddings and ages of every segment.
+            kwargs: shift_labels, labels already shifted: shift_labels[:, t] follows input_ids[:, t]. It is not in the
+                signature (nor in that of transformers' own models), or Trainer would expect it in every batch.
 
         Raises:
             ValueError: shapes that do not fit, or a state of another batch size or model.
         """
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         check_inputs(input_ids, attention_mask, labels, shift_labels, logits_to_keep, state, kwargs)
         if state is not None and not isinstance(state, HMTState):
             return HMTOutput(**forward_rows(self, input_ids, attention_mask, state, logits_to_keep or 1))

@@ -174,8 +174,6 @@ class HMTTrainer(Trainer):
             and args.ddp_find_unused_parameters is None
         ):
             args.ddp_find_unused_parameters = True  # a stage without recall leaves its parameters without gradients
-        if args.label_names is None:
-            args.label_names = ["labels"]  # or Trainer expects shift_labels as well, and evaluates without a loss
         if args.include_num_input_tokens_seen == "no":
             args.include_num_input_tokens_seen = "all"
         length = model.config.segment_length

@@ -1,9 +1,8 @@
-"""hmt train and hmt evaluate from text to a trained memory and its curve, and what users get wrong."""
+"""hmt train from text to a trained memory that hmt evaluate finds better, and what users get wrong."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -14,13 +13,10 @@ from transformers import logging as transformers_logging
 
 from hmt.adapters import FILE
 from hmt.cli import main
-from hmt.data import load_documents
-from hmt.evaluation import read_curve
 from hmt.loading import load
 
 SENTENCE = "It is a truth universally acknowledged, that a single man in possession of a good fortune... "
 SMALL = ["--segment-length", "32", "--num-sensory", "4", "--queue-size", "5"]
-SETTINGS = {"segment_length": 32, "num_sensory": 4}
 STEPS = ["--stage", "2:2:rmt", "--stage", "4:3", "--log-every", "2", "--save-every", "3", "--learning-rate", "1e-2"]
 
 
@@ -52,29 +48,19 @@ def test_train_then_evaluate(what: str, model_dir: Path, texts: Path, tmp_path: 
         assert name in printed.out, name
     assert (out / FILE).is_file() == (what != "full")
 
-    model, tokenizer, untrained = load(str(out))
+    model, _, untrained = load(str(out))
     assert not untrained and model.config.segment_length == 32
     trained, fresh = [], []
     for found, name in ((trained, out), (fresh, model_dir)):
         result = tmp_path / f"{name.name}.json"
         settings = ["--segment-length", "32", "--num-sensory", "4"]
         command = ["evaluate", str(texts), "--model", str(name), "--segments", "3", "--output", str(result), *settings]
-        assert main([*command, "--mode", "hmt", "--mode", "baseline", "--mode", "hmt-causal"]) == 0
+        assert main([*command, "--mode", "hmt", "--mode", "baseline"]) == 0
         report = json.loads(result.read_text())
         found += [report["readings"][mode]["perplexity"] for mode in ("hmt", "baseline")]
-        assert len(report["comparisons"]) == 3
-        causal = report["readings"]["hmt-causal"]["perplexity"]
     assert trained[0] < (0.97 if what == "memory" else 0.9) * fresh[0]
     if what == "memory":
         assert trained[1] == pytest.approx(fresh[1], rel=1e-4)  # the backbone has not changed
-    (model, tokenizer, _), documents = load(str(model_dir), **SETTINGS), load_documents(texts, tokenizer)
-    for value, source in ((fresh[0], "current"), (causal, "previous")):
-        *_, curve = read_curve(model, documents, 3, summary_source=source)
-        assert value == pytest.approx(curve.perplexity, rel=1e-6)
-    assert fresh[0] != causal
-    table = capsys.readouterr().out
-    assert re.search(r"^ +hmt +[\d.]+  [\d. ]+$", table, flags=re.MULTILINE)
-    assert re.search(r"hmt - baseline: [+-][\d.]+ nats per token, 95 % in \[[+-][\d.]+, [+-][\d.]+\]", table)
 
 
 def test_resume_goes_on_with_the_same_recipe_only(model_dir: Path, texts: Path, tmp_path: Path, capsys) -> None:
@@ -112,18 +98,6 @@ def test_hub_data_sets_are_asked_for_their_splits(
     assert asked == [(*large, "train"), (*plain, "validation"), (*large, "test")]
 
 
-def test_models_of_different_segments_are_not_compared(model_dir: Path, texts: Path, tmp_path: Path, capsys) -> None:
-    model, tokenizer, _ = load(str(model_dir), segment_length=16, num_sensory=2)
-    model.save_pretrained(tmp_path / "saved")
-    tokenizer.save_pretrained(tmp_path / "saved")
-    command = ["evaluate", str(texts), "--model", str(tmp_path / "saved"), "--model", str(model_dir), "--segments", "2"]
-    assert main(command) == 2
-    assert "--segment-length must be given" in capsys.readouterr().err
-    assert main([*command, "--segment-length", "16", "--max-stretches", "3", "--num-sensory", "2"]) == 0
-    perplexities = re.findall(r"\(hmt\) +([\d.]+)", capsys.readouterr().out)
-    assert len(perplexities) == 2 and all(math.isfinite(float(p)) for p in perplexities)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -132,9 +106,8 @@ def test_models_of_different_segments_are_not_compared(model_dir: Path, texts: P
         (["train", "TEXTS", "--model", "MODEL", "--output", "OUT", "--mode", "baseline"], "no memory to train"),
         (["train", "TEXTS", "--model", "MODEL", "--output", "OUT", "--eval-fraction", "2"], "eval_fraction"),
         (["train", "TEXTS", "--model", "MODEL", "--output", "OUT", "--decay", "0"], "decay"),
-        (["evaluate", "nowhere", "--model", "MODEL"], "nothing at 'nowhere'"),
     ],
-    ids=["no-data", "stage", "baseline", "fraction", "decay", "evaluate"],
+    ids=["no-data", "stage", "baseline", "fraction", "decay"],
 )
 def test_mistakes_are_explained(arguments: list[str], message: str, model_dir, texts, tmp_path, capsys) -> None:
     names = {"MODEL": model_dir, "TEXTS": texts, "OUT": tmp_path / "out"}
@@ -144,12 +117,12 @@ def test_mistakes_are_explained(arguments: list[str], message: str, model_dir, t
 
 def test_numbers_below_one_are_usage_errors(capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["evaluate", "x", "--model", "y", "--segments", "0"])
+        main(["train", "x", "--model", "y", "--output", "z", "--batch-size", "0"])
     assert "must be at least 1, got 0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_help(command: str, capsys) -> None:
+def test_help(capsys) -> None:
     with pytest.raises(SystemExit, match="0"):
-        main([command, "--help"])
-    assert f"usage: hmt {command}" in capsys.readouterr().out
+        main(["train", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "usage: hmt train" in printed and "recipe:NAME with NAME one of wikitext-103, pg19, pubmedqa" in printed

@@ -16,11 +16,11 @@ from hmt.data import (
     join_documents,
     load_documents,
     pad_batch,
-    read_records,
     split_documents,
     window_example,
     windows,
 )
+from hmt.records import read_records
 
 QA = {"context": "Anne walked to Lyme.", "question": "Where?", "answer": "Lyme"}
 

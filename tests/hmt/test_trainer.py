@@ -15,11 +15,11 @@ import pytest
 import resumable_training
 import torch
 from backbones import VOCAB, hmt_model
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hmt import training
 from hmt.adapters import select
-from hmt.data import Document
+from hmt.data import Document, pad_batch
 from hmt.model import HMTForCausalLM
 from hmt.modes import reading_as
 from hmt.training import HMTTrainer, Stage, StagedExamples, last_checkpoint, plan
@@ -259,6 +259,15 @@ def test_checkpoints_are_of_the_whole_model(step: str, tmp_path: Path) -> None:
     assert loaded.config.mode == "hmt"
     for (name, a), (_, b) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_plain_trainer_evaluates_with_a_loss(tmp_path: Path) -> None:
+    model, documents = hmt_model(), texts(40, 40)
+    options = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
+    trainer = Trainer(model, options, eval_dataset=[d.example() for d in documents], data_collator=pad_batch)
+    ids = torch.stack([d.ids for d in documents])
+    with torch.no_grad():
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-5)
 
 
 def test_last_checkpoint_of_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""Results as JSON and, where matplotlib is installed, as a picture beside it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hmt.state_file import write_whole
+
+
+def write_report(found: dict[str, Any], path: str | Path, draw: Callable[[dict[str, Any], Any], None]) -> None:
+    """Write a report as JSON and what `draw(found, figure)` paints of it as a PNG of the same name.
+
+    Raises:
+        ValueError: a path that itself ends with .png.
+        OSError: a path that cannot be written.
+    """
+    path = Path(path)
+    if path.suffix == ".png":
+        raise ValueError(f"the report must be a JSON file, got {str(path)!r}: its picture gets this name by itself")
+    write_whole(path, (json.dumps(found, indent=2) + "\n").encode())
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    draw(found, figure)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    write_whole(path.with_suffix(".png"), picture.getvalue())

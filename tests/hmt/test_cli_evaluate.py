@@ -1,0 +1,164 @@
+"""hmt evaluate: every task from files to a table, JSON and a picture, for several modes or models side by side."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from transformers import logging as transformers_logging
+
+from hmt.cli import main
+from hmt.data import load_documents
+from hmt.evaluation import read_curve
+from hmt.loading import load
+
+SENTENCE = "It is a truth universally acknowledged, that a single man in possession of a good fortune... "
+SETTINGS = ["--segment-length", "64", "--num-sensory", "4"]
+QUESTIONS = [
+    {"context": SENTENCE, "question": "Who is in want of a wife?", "answer": ["a single man", "a man"]},
+    {"context": SENTENCE[::-1], "question": "What is good?", "answer": "fortune"},
+]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    level = transformers_logging.get_verbosity()
+    yield
+    transformers_logging.set_verbosity(level)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    rows = [{"text": SENTENCE * 6}, {"text": SENTENCE[5:] * 3}]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def recalling(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved HMT whose recall depends much on what is asked, as that of a fresh one does not."""
+    model, tokenizer, _ = load(str(model_dir), device="cpu", segment_length=64, num_sensory=4)
+    for weight in (model.recall.wq.weight, model.recall.wk.weight):
+        weight.data.mul_(20)
+    folder = tmp_path_factory.mktemp("recalling")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(task: str, data: Path, model: Path, folder: Path, *options: str) -> dict:
+    """The report of a task whose picture has been painted as well."""
+    out = folder / f"{task}.json"
+    command = ["evaluate", str(data), "--task", task, "--model", str(model), "--device", "cpu", "--output", str(out)]
+    assert main([*command, *options]) == 0
+    assert out.with_suffix(".png").read_bytes()[1:4] == b"PNG"
+    found = json.loads(out.read_text())
+    assert found["task"] == task
+    return found
+
+
+def test_perplexity_in_every_mode(recalling: Path, texts: Path, tmp_path: Path, capsys) -> None:
+    modes = {
+        "hmt": (None, None),
+        "rmt": ("rmt", None),
+        "baseline": ("baseline", None),
+        "hmt-causal": (None, "previous"),
+    }
+    options = [word for mode in modes for word in ("--mode", mode)]
+    found = run("perplexity", texts, recalling, tmp_path, "--segments", "5", *options)
+    model, tokenizer, _ = load(str(recalling), device="cpu")
+    documents = load_documents(texts, tokenizer)
+    for name, (mode, source) in modes.items():
+        *_, curve = read_curve(model, documents, 5, mode=mode, summary_source=source)
+        assert found["readings"][name]["perplexity"] == pytest.approx(curve.perplexity, rel=1e-6)
+    assert len({reading["perplexity"] for reading in found["readings"].values()}) == 4
+    assert len(found["comparisons"]) == 6
+    table = capsys.readouterr().out
+    assert re.search(r"^ +hmt +[\d.]+  [\d. ]+$", table, flags=re.MULTILINE)
+    assert re.search(r"hmt - baseline: [+-][\d.]+ nats per token, 95 % in \[[+-][\d.]+, [+-][\d.]+\]", table)
+
+
+def test_needles_by_distance(model_dir: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "book.txt").write_text(SENTENCE * 10, encoding="utf-8")
+    options = ["--distances", "4,1,2", "--trials", "3", "--keys", "2", "--mode", "hmt", "--mode", "baseline"]
+    found = run("needle", tmp_path / "book.txt", model_dir, tmp_path, *SETTINGS, *options)
+    assert found["distances"] == [1, 2, 4] and found["keys"] == 2 and set(found["readings"]) == {"hmt", "baseline"}
+    for reading in found["readings"].values():
+        assert reading["trials"] == 3 and len(reading["nats"]) == 3 and all(map(math.isfinite, reading["nats"]))
+    printed = capsys.readouterr()
+    assert re.search(r"^ +hmt +\d+%( +\d+%){2}$", printed.out, flags=re.MULTILINE)
+    assert "3/3" in printed.err
+
+
+def test_questions(model_dir: Path, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("rouge_score")
+    data = tmp_path / "questions.jsonl"
+    data.write_text("\n".join(map(json.dumps, QUESTIONS)), encoding="utf-8")
+    options = ["--mode", "hmt", "--mode", "rmt", "--max-new-tokens", "4"]
+    found = run("qa", data, model_dir, tmp_path, *SETTINGS, *options)
+    for reading in found["readings"].values():
+        assert [a["references"] for a in reading["answers"]] == [["a single man", "a man"], ["fortune"]]
+        assert 0 <= reading["f1"]["mean"] <= 1 and reading["questions"] == 2
+    assert re.search(r"^ +rmt +2 +[\d.]+ +[\d.]+$", capsys.readouterr().out, flags=re.MULTILINE)
+
+
+def test_a_map_of_what_is_recalled(recalling: Path, texts: Path, tmp_path: Path, capsys) -> None:
+    found = run("recall-map", texts, recalling, tmp_path, "--mode", "hmt", "--mode", "hmt-causal")
+    for reading in found["readings"].values():
+        assert [len(ages) for ages in reading["ages"]] == [9, 5]
+        assert sum(reading["histogram"].values()) == 8 + 4
+    assert re.search(
+        r"^hmt: 12 segments recalled, most often those \d+ \(\d+%\)", capsys.readouterr().out, re.MULTILINE
+    )
+
+
+def test_models_of_different_segments_are_not_compared(model_dir: Path, texts: Path, tmp_path: Path, capsys) -> None:
+    model, tokenizer, _ = load(str(model_dir), segment_length=16, num_sensory=2)
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    command = ["evaluate", str(texts), "--model", str(tmp_path / "saved"), "--model", str(model_dir), "--segments", "2"]
+    assert main(command) == 2
+    assert "--segment-length must be given" in capsys.readouterr().err
+    assert main([*command, "--segment-length", "16", "--max-stretches", "3", "--num-sensory", "2"]) == 0
+    perplexities = re.findall(r"\(hmt\) +([\d.]+)", capsys.readouterr().out)
+    assert len(perplexities) == 2 and all(math.isfinite(float(p)) for p in perplexities)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nothing at 'nowhere'"),
+        (["TEXTS", "--task", "qa"], "data must hold questions"),
+        (["QUESTIONS", "--task", "needle"], "DATA must be plain texts to hide needles in"),
+        (["TEXTS", "--task", "needle", "--distances", "1;2"], "--distances must be numbers with commas between"),
+        (["TEXTS", "--task", "needle", "--distances", "99"], "the text must have"),
+        (["TEXTS", "--task", "recall-map", "--mode", "rmt"], "--mode must be hmt or hmt-causal for a recall map"),
+        (["recipe:qasper", "--split", "train"], "the split of recipe:qasper must be one of test, got 'train'"),
+    ],
+    ids=["no-data", "no-questions", "questions", "distances", "short", "no-recall", "split"],
+)
+def test_mistakes_are_explained(arguments: list[str], message: str, model_dir, texts, tmp_path, capsys) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps(QUESTIONS[0]), encoding="utf-8")
+    names = {"TEXTS": texts, "QUESTIONS": questions}
+    assert main(["evaluate", *(str(names.get(a, a)) for a in arguments), "--model", str(model_dir), *SETTINGS]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_numbers_below_one_are_usage_errors(capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "x", "--model", "y", "--segments", "0"])
+    assert "must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_help(capsys) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["evaluate", "--help"])
+    printed = capsys.readouterr().out
+    assert "usage: hmt evaluate" in printed
+    for task in ("perplexity", "needle", "qa", "recall-map"):
+        assert re.search(rf"^  {task} ", printed, flags=re.MULTILINE)
