@@ -156,13 +156,13 @@ def memory_recall_vector_bwd_kernel(
     do0, do1 = load_row(d_recalled_ptr + tl.multiple_of(b * stride_dob, 8), BLOCK_N, D0, D1, D)
     o0, o1 = load_row(recalled_ptr + b * D, BLOCK_N, D0, D1, D)
     delta = dot_rows(o0, o1, do0, do1)  # [1]
-    if d_lse_ptr is not None:
-        delta -= tl.load(d_lse_ptr + b)
+    d_lse = 0.0 if d_lse_ptr is None else tl.load(d_lse_ptr + b)
     lse = tl.load(lse_ptr + b)
     num_live = live_slots(num_valid_ptr, b, num_slots)
     start, end = slot_range(split, splits, num_slots, BLOCK_N)  # dead slots too: their gradient has to be written
 
     rows = tl.arange(0, BLOCK_N)
+    excess = tl.zeros([BLOCK_N], tl.float32)  # sum of p (do . M - delta), which is zero but for rounding
     acc0, acc1 = zero_tiles(BLOCK_N, D0, D1)
     for n in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         live = (n + rows < end) & (n + rows < num_live)
@@ -170,14 +170,20 @@ def memory_recall_vector_bwd_kernel(
         tile0 = load_tile(memory_ptr, offsets, live, 0, D0, D)
         tile1 = load_tile(memory_ptr, offsets, live, D0, D1, D)
         p = tl.where(live, exp(dot_rows(tile0, tile1, u0, u1) * softmax_scale - lse), 0.0)
-        ds = tl.where(live, p * (dot_rows(tile0, tile1, do0, do1) - delta), 0.0) * softmax_scale
+        difference = tl.where(live, dot_rows(tile0, tile1, do0, do1) - delta, 0.0)
+        ds = p * (difference + d_lse) * softmax_scale
+        excess += p * difference
         offsets = (n + rows).to(tl.int64) * D
         store_tile(d_memory_ptr, offsets, n + rows < end, outer_sum(p, do0, ds, u0), 0, D0, D)
         store_tile(d_memory_ptr, offsets, n + rows < end, outer_sum(p, do1, ds, u1), D0, D1, D)
         one = tl.full([BLOCK_N], 1.0, tl.float32)
         acc0, acc1 = add_weighted(acc0, one, tile0, ds), add_weighted(acc1, one, tile1, ds)
 
-    d_query0, d_query1 = tl.sum(acc0, axis=0, keep_dims=True), tl.sum(acc1, axis=0, keep_dims=True)
+    # Memories that have much in common would show the excess in full: it is taken out along their mean, o.
+    excess = tl.sum(excess, axis=0, keep_dims=True)[:, None] * softmax_scale
+    o0, o1 = load_row(recalled_ptr + b * D, BLOCK_N, D0, D1, D)
+    d_query0 = tl.sum(acc0, axis=0, keep_dims=True) - excess * o0
+    d_query1 = tl.sum(acc1, axis=0, keep_dims=True) - excess * o1
     done = split >= 0
     if SPLIT:
         partial_ptr += b * num_partials(splits) * (D0 + D1)

@@ -117,6 +117,19 @@ def test_gradient_of_a_sum_alone(queries):
     assert_accurate(grads[1], rounded[4], exact[4], "d_memory")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_gradients_of_memories_that_are_much_alike(queries, dtype):
+    query, memory, counts, scale = make_case(2, queries, 300, 64, dtype, [300, 41], "contiguous")
+    memory = (memory.detach().float() + 30 * torch.randn(64, device=DEVICE)).to(dtype).requires_grad_()
+    out = memory_recall(query, memory, counts, softmax_scale=scale, impl="triton")
+    d_recalled, d_lse = torch.randn_like(out.recalled), torch.randn_like(out.lse)
+    grads = torch.autograd.grad((out.recalled, out.lse), (query, memory), (d_recalled, d_lse))
+    arguments = (query, memory, [300, 41], scale, d_recalled, d_lse)
+    exact, rounded = (oracle_with_gradients(*arguments, kind) for kind in (torch.float64, dtype))
+    assert_accurate(grads[0], rounded[3], exact[3], "d_query")
+
+
 @pytest.mark.parametrize("queries", [1, 3])
 def test_ties_go_to_the_lowest_slot(queries):
     query = torch.randn(1, queries, 1024, device=DEVICE)
