@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,24 +39,57 @@ def run_layers(
     range of keys, for a backbone that `takes_spans`. Attention is causal in any case. With
     last_rows, `.last_hidden_state` holds that many last positions, and the last layer computes no others if it can.
     """
+    if mask is not None and is_recurrent(model):
+        return _run_packed(model, embeds, mask, last_rows, **kwargs)
     decoder = unwrap(model).base_model
     if mask is None and takes_spans(model):
         mask = torch.empty(len(embeds), 1, 1, 0, dtype=torch.int32, device=embeds.device)
     if cache is not None:
-        kwargs[_cache_argument(type(decoder).forward)] = cache
+        kwargs[cast(str, _cache_argument(type(decoder).forward))] = cache
     if last_rows is not None and last_layer.takes_last_rows(decoder):
         kwargs.update(last_rows=last_rows)
     out = decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=cache is not None, **kwargs)
     if last_rows is not None:
         out.last_hidden_state = out.last_hidden_state[:, -last_rows:]
+    if cache is not None and is_recurrent(model):
+        cast(Any, cache).length += embeds.shape[1]
     return out
 
 
+def _run_packed(model: PreTrainedModel, embeds: Tensor, mask: Tensor, last_rows: int | None, **kwargs: Any) -> Any:
+    """`run_layers` on each row without its hidden positions, which a recurrent state would remember or decay over.
+
+    They go behind the visible ones, where nothing sees them, and what comes out back to where they were.
+    """
+    order = (~mask).long().argsort(dim=1, stable=True)
+    out = run_layers(model, _take(embeds, order), **kwargs)
+    back = order.argsort(dim=1)
+    out.last_hidden_state = _take(out.last_hidden_state, back)[:, -(last_rows or mask.shape[1]) :]
+    if getattr(out, "hidden_states", None) is not None:
+        out.hidden_states = tuple(_take(layer, back) for layer in out.hidden_states)
+    return out
+
+
+def _take(rows: Tensor, order: Tensor) -> Tensor:
+    """rows [B, T, d] in the order [B, T]."""
+    return rows.gather(1, order[..., None].expand(-1, -1, rows.shape[-1]))
+
+
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """Whether layers carry a state from position to position (Mamba, RWKV), so that a mask cannot hide one."""
+    return bool(getattr(unwrap(model), "_is_stateful", False))
+
+
 @functools.cache
-def _cache_argument(forward: Callable[..., Any]) -> str:
-    """What a decoder's forward calls its cache: transformers 5.24 renamed it."""
+def _cache_argument(forward: Callable[..., Any]) -> str | None:
+    """What a decoder's forward calls its cache (transformers 5.24 renamed it), None where it takes none."""
     parameters = inspect.signature(forward).parameters
-    return "cache" if "cache" in parameters else "past_key_values"
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
+
+
+def takes_cache(model: PreTrainedModel) -> bool:
+    """Whether the layers can go on from a `Cache`; where not (RWKV), decoding reads its open segment again."""
+    return _cache_argument(type(unwrap(model).base_model).forward) is not None
 
 
 def takes_spans(model: PreTrainedModel) -> bool:

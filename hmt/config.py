@@ -40,6 +40,9 @@ class HMTConfig(PreTrainedConfig):
         bptt_depth: segments that gradients flow through: at every bptt_depth-th segment of a text the memories of all
             earlier ones enter as constants. None means all segments of a call.
         offload_states: what rematerialisation keeps of a segment waits in CPU memory for the backward pass.
+        cuda_graphs: without gradients, read full segments by one step of static shapes (`hmt.static_step`), which on
+            CUDA is captured as a graph and replayed. Its capture has never run on a GPU.
+        compile_step: compile that step with torch.compile; the first segments then wait for the compiler.
 
     Raises:
         ValueError: for a value outside its range, naming the argument.
@@ -69,6 +72,8 @@ class HMTConfig(PreTrainedConfig):
     rematerialize: bool = True
     bptt_depth: int | None = None
     offload_states: bool = False
+    cuda_graphs: bool = False
+    compile_step: bool = False
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -109,7 +114,7 @@ class HMTConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be an integer >= 1 or None, got {value!r}")
-        for name in ("rematerialize", "offload_states"):
+        for name in ("rematerialize", "offload_states", "cuda_graphs", "compile_step"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
 

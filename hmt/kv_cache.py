@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from hmt.backbone import unwrap
+from hmt.backbone import is_recurrent, takes_cache, unwrap
 
 
 class SegmentLayer(DynamicLayer):
@@ -74,13 +74,26 @@ class SegmentCache(Cache):
         self.batch, self.row = batch, row
 
 
-def new_cache(model: PreTrainedModel, capacity: int) -> Cache:
-    """An empty cache for one segment of at most `capacity` positions.
+class RecurrentCache(Cache):
+    """States of a backbone without attention, which do not tell themselves how many positions they have seen."""
+
+    length = 0
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.length
+
+
+def new_cache(model: PreTrainedModel, capacity: int, padded: bool = False) -> Cache | None:
+    """An empty cache for one segment of at most `capacity` positions, `padded` if it hides some of them.
 
     Layers that keep something else than the keys of all positions, and passes whose gradients are recorded, get the
-    cache that transformers would choose.
+    cache that transformers would choose. None where a backbone can have none.
     """
+    if not takes_cache(model) or (padded and is_recurrent(model)):
+        return None
     layers = DynamicCache(config=unwrap(model).config).layers
+    if is_recurrent(model):
+        return RecurrentCache(layers=layers)
     if torch.is_grad_enabled():
         return Cache(layers=layers)
     return SegmentCache([SegmentLayer(capacity) if _keeps_all(layer, capacity) else layer for layer in layers])

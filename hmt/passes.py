@@ -17,6 +17,7 @@ from hmt.outputs import SegmentResult
 from hmt.recurrence import augment, decode_token, read_segment, summarize
 from hmt.remat import rematerialized
 from hmt.state import HMTState, push_memory
+from hmt.static_step import StaticStep, fits, static_step, step_and_read
 from hmt.tokens import Tokens, find_spans, join, split
 
 if TYPE_CHECKING:
@@ -41,14 +42,37 @@ def read_segments(
     segments = split(text, length)
     rematerializes = config.rematerialize and torch.is_grad_enabled() and len(segments) > 1
     queries = recall_queries(model, segments, state, rematerializes)
-    if segments[0].length == length and state.queue is not None:
-        state = replace(state, queue=state.queue.clone())  # the caller's state stays as it was
-    pending, fuses = None, _fuses_steps(model, state)
+    with static_step(model, state, segments) as step:
+        if step is not None:
+            state = replace(state, queue=step.buffers.queue)
+        elif segments[0].length == length and state.queue is not None:
+            state = replace(state, queue=state.queue.clone())  # the caller's state stays as it was
+        for result in _read_in_turn(model, segments, queries, state, use_cache, rematerializes, step):
+            result.hidden = result.hidden[:, opened:]
+            opened = 0
+            yield result
+
+
+def _read_in_turn(
+    model: HMTForCausalLM,
+    segments: list[Tokens],
+    queries: list[Tensor | None],
+    state: HMTState,
+    use_cache: bool,
+    rematerializes: bool,
+    step: StaticStep | None,
+) -> Iterator[SegmentResult]:
+    """The segments after `state`, whose queue is written in place where no gradients are recorded."""
+    config, pending, fuses = model.config, None, _fuses_steps(model, state)
     for number, (segment, query) in enumerate(zip(segments, queries, strict=True), start=1):
-        closing, last = segment.length == length, number == len(segments)
+        closing, last = segment.length == config.segment_length, number == len(segments)
         state = _truncate(state, config.bptt_depth)
-        cache = new_cache(model.backbone, cache_capacity(config)) if use_cache and not closing else None
-        if pending is None or query is None:
+        cache = None
+        if use_cache and not closing:
+            cache = new_cache(model.backbone, cache_capacity(config), padded=segment.mask is not None)
+        if step is not None and query is not None and fits(model, segment):
+            hidden, memory, recalled, age = step_and_read(model, step, state, segment, query, pending)
+        elif pending is None or query is None:
             run = partial(_read, model, replace(state, queue=None, cache=None), segment, cache)
             # the backward pass begins with the last segment: its activations are needed at once
             if rematerializes and not last:
@@ -62,8 +86,9 @@ def read_segments(
             state = close_segment(model, state, segment, memory, write=pending is None)
         else:
             state = open_segment(state, segment, cache)
-        yield SegmentResult(hidden[:, opened:], state, memory, recalled, age)
-        opened = 0
+        if step is not None and last:
+            state = replace(state, queue=state._queue().clone())  # out of the buffers
+        yield SegmentResult(hidden, state, memory, recalled, age)
 
 
 def can_decode(model: HMTForCausalLM, state: HMTState, new: Tokens, use_cache: bool) -> bool:

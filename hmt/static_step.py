@@ -1,25 +1,34 @@
 """A full segment as one call of static shapes: on CUDA captured once as a graph and replayed for every segment.
 
-The step is tested on CPU, where it runs as it is. The capture has never run on a GPU.
+`HMTConfig.cuda_graphs` and `compile_step` turn it on, for every pass that records no gradients. A text's first segment,
+its ragged last one and segments with padding take the ordinary path: the first has other inputs, the last would
+compute a whole segment for its few tokens and has to fill a cache for decoding, and there is one of each in a call.
+
+The step is tested on CPU, where it runs uncaptured. The capture has never run on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from hmt.backbone import embed, run_layers
-from hmt.inputs import check_inputs
-from hmt.model import HMTForCausalLM
-from hmt.passes import close_segment, open_segment, read_segments, recall_queries
-from hmt.state import HMTState, push_memory
-from hmt.tokens import Tokens, join, split
+from hmt.backbone import embed, run_layers, unwrap
+from hmt.state import HMTState
+from hmt.tokens import Tokens
 from hmt_kernels import memory_recall_step
 
+if TYPE_CHECKING:
+    from hmt.model import HMTForCausalLM
+
 WARM_UPS = 3
+KEPT_STEPS = 4  # of different shapes, for each model
 
 
 @dataclass
@@ -32,7 +41,8 @@ class StepBuffers:
         queue: [B, N, d]; num_valid [B] int32 of its slots count, the one that is about to be written included.
         slot: [B] int32, where `memory` goes.
         memory: [B, d], of the segment before; afterwards of this one.
-        embeds: [B, 1 + k + L + 1, d], what the backbone reads.
+        strongest: [B] int32, slot of the memory that is recalled most.
+        embeds: [B, 1 + k + L + 1, d], what the backbone reads; its first row is the recalled embedding.
         hidden: [B, L, d], what the LM head would read.
     """
 
@@ -42,21 +52,37 @@ class StepBuffers:
     num_valid: Tensor
     slot: Tensor
     memory: Tensor
+    strongest: Tensor
     embeds: Tensor
     hidden: Tensor
 
 
-def new_buffers(model: HMTForCausalLM, batch_size: int) -> StepBuffers:
-    config, state = model.config, model.new_state(batch_size)
-    queue = state._queue()
+@dataclass
+class StaticStep:
+    """A step that is ready to run, and all that it depends on beside its buffers."""
+
+    buffers: StepBuffers
+    run: Callable[[HMTForCausalLM], None]
+    dependencies: tuple[Any, ...]
+
+
+# not attributes of the models: a copied or pickled model must not take along steps that run with the weights of another
+_steps: WeakKeyDictionary[HMTForCausalLM, dict[tuple[Any, ...], StaticStep]] = WeakKeyDictionary()
+
+
+def new_buffers(model: HMTForCausalLM, queue: Tensor) -> StepBuffers:
+    """Buffers for texts with a queue like this one."""
+    config, batch_size = model.config, len(queue)
     tokens = config.num_sensory + config.segment_length
+    counts = torch.ones(3, batch_size, dtype=torch.int32, device=queue.device)
     return StepBuffers(
         ids=torch.zeros(batch_size, tokens, dtype=torch.long, device=queue.device),
         query=queue.new_zeros(batch_size, config.hidden_size),
-        queue=queue,
-        num_valid=torch.ones(batch_size, dtype=torch.int32, device=queue.device),
-        slot=torch.zeros(batch_size, dtype=torch.int32, device=queue.device),
+        queue=torch.zeros_like(queue),
+        num_valid=counts[0],
+        slot=torch.zeros_like(counts[1]),
         memory=queue.new_zeros(batch_size, config.hidden_size),
+        strongest=counts[2],
         embeds=queue.new_zeros(batch_size, tokens + 2, config.hidden_size),
         hidden=queue.new_zeros(batch_size, config.segment_length, config.hidden_size),
     )
@@ -67,10 +93,13 @@ def segment_step(model: HMTForCausalLM, buffers: StepBuffers) -> None:
     b = buffers
     b.embeds[:, 1:-1] = embed(model.backbone, b.ids)
     scale = model.recall.softmax_scale
-    memory_recall_step(b.query[:, None], b.queue, b.memory, b.slot, b.num_valid, softmax_scale=scale, out=b.embeds)
-    out = run_layers(model.backbone, b.embeds).last_hidden_state
-    b.hidden.copy_(out[:, -1 - b.hidden.shape[1] : -1])
-    b.memory.copy_(out[:, -1])
+    out = memory_recall_step(
+        b.query[:, None], b.queue, b.memory, b.slot, b.num_valid, softmax_scale=scale, out=b.embeds
+    )
+    b.strongest.copy_(out.slot[:, 0])
+    rows = run_layers(model.backbone, b.embeds, last_rows=b.hidden.shape[1] + 1).last_hidden_state
+    b.hidden.copy_(rows[:, :-1])
+    b.memory.copy_(rows[:, -1])
 
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:
@@ -87,66 +116,91 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-@torch.no_grad()
-def static_reader(model: HMTForCausalLM, batch_size: int = 1) -> Callable[[Tensor, HMTState | None], HMTState]:
-    """A function that does what `model.read` does for ids [B, T] without padding, one static step per full segment.
+def why_not(model: HMTForCausalLM, state: HMTState) -> str | None:
+    """Why a pass of this model after `state` cannot take static steps; None: it can."""
+    config = model.config
+    if not (config.cuda_graphs or config.compile_step):
+        return "neither cuda_graphs nor compile_step is set"
+    if torch.is_grad_enabled():
+        return "gradients are recorded"
+    if config.mode != "hmt" or state.queue is None:
+        return f"mode {config.mode!r} has no recall"
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    if (weight.dtype, weight.device) != (state.queue.dtype, state.queue.device):
+        return "the memories have another dtype or device than the embeddings"
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "adapter_layer_names"):
+            return "a module has hooks or adapters, which may do something else at every call"
+    if any(type(p) not in (Tensor, torch.nn.Parameter) for p in model.parameters()):
+        return "parameters are sharded or of another kind"
+    return None
 
-    Weights must stay where they are while it is used.
 
-    Raises:
-        ValueError: a model of another mode than "hmt".
+def _dependencies(model: HMTForCausalLM) -> tuple[Any, ...]:
+    """What a captured step does not look at again: where all weights lie, and how the layers compute."""
+    config, kind = model.config, model.device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    how = (model.training, unwrap(model.backbone).config._attn_implementation, model.recall.softmax_scale, autocast)
+    shape = (config.segment_length, config.num_sensory, config.cuda_graphs, config.compile_step)
+    weights = chain(model.parameters(), model.buffers())
+    return (*how, *shape, *((w.data_ptr(), w.dtype, w.shape, w.stride()) for w in weights))
 
-    Example:
-        >>> read = static_reader(model)
-        >>> state = read(book_ids, None)
+
+def _prepare(model: HMTForCausalLM, queue: Tensor, dependencies: tuple[Any, ...]) -> StaticStep:
+    """A step for states with a queue like this one."""
+    with torch.inference_mode(False), torch.no_grad():  # buffers that any later call may write to
+        buffers = new_buffers(model, queue)
+        step = torch.compile(segment_step, dynamic=False) if model.config.compile_step else segment_step
+        if model.config.cuda_graphs and queue.is_cuda:
+            replay = captured(lambda: step(model, buffers))
+            return StaticStep(buffers, lambda model: replay(), dependencies)
+    return StaticStep(buffers, lambda model: step(model, buffers), dependencies)
+
+
+@contextlib.contextmanager
+def static_step(model: HMTForCausalLM, state: HMTState, segments: Sequence[Tokens]) -> Iterator[StaticStep | None]:
+    """A step for one call's segments after `state`, with the state's queue in its buffers; None where there is no use.
+
+    Nobody else gets the same step until the call ends. It is made anew when a weight lies elsewhere than before.
     """
-    if model.config.mode != "hmt":
-        raise ValueError(f"static_reader needs a model of mode 'hmt', got {model.config.mode!r}")
-    buffers = new_buffers(model, batch_size)
-
-    def step() -> None:
-        segment_step(model, buffers)
-
-    # before any state is in the buffers: warming up changes them
-    run = captured(step) if buffers.queue.is_cuda else step
-
-    @torch.no_grad()
-    def read(input_ids: Tensor, state: HMTState | None = None) -> HMTState:
-        check_inputs(input_ids, state=state)
-        if len(input_ids) != batch_size:
-            raise ValueError(f"input_ids must have this reader's {batch_size} rows, got {len(input_ids)}")
-        state = model._state(state, input_ids)
-        text = join(state.open, Tokens(input_ids))
-        if text.mask is not None or state._queue().shape != buffers.queue.shape:
-            raise ValueError("state must have no padding in its open segment and a queue of the model's own size")
-        return _read(model, buffers, run, replace(state, open=text.slice(0, 0), cache=None), text)
-
-    return read
+    usable = [fits(model, segment) for segment in segments[state.num_closed == 0 :]]
+    if not any(usable) or why_not(model, state) is not None:
+        yield None
+        return
+    queue = state._queue()
+    kept, key = _steps.setdefault(model, {}), (queue.shape, queue.dtype, queue.device)
+    step, dependencies = kept.pop(key, None), _dependencies(model)
+    if step is None or step.dependencies != dependencies:
+        step = _prepare(model, queue, dependencies)
+    step.buffers.queue.copy_(queue)  # only now: warming up writes to it
+    try:
+        yield step
+    finally:
+        kept[key] = step
+        while len(kept) > KEPT_STEPS:
+            kept.pop(next(iter(kept)))
 
 
-def _read(
-    model: HMTForCausalLM, buffers: StepBuffers, run: Callable[[], None], state: HMTState, text: Tokens
-) -> HMTState:
-    length, keep = model.config.segment_length, model.config.num_sensory
-    if state.num_closed == 0 and text.length >= length:  # no memory and no sensory tokens yet: other shapes
-        (first,) = read_segments(model, text.slice(0, length), state)
-        state, text = first.state, text.slice(length, text.length)
-    full = text.length // length * length
-    segments = split(text.slice(0, full), length)
-    if not segments:
-        return open_segment(state, join(state.open, text))
-    slots = buffers.queue.shape[1]
-    buffers.queue.copy_(state._queue())
-    # the step begins with a write: at first, of the memory that is there already
-    buffers.memory.copy_(buffers.queue[:, (state.num_closed - 1) % slots])
-    for segment, query in zip(segments, recall_queries(model, segments, state), strict=True):
-        buffers.ids[:, :keep] = state.recent.last(keep).ids
-        buffers.ids[:, keep:] = segment.ids
-        buffers.query.copy_(query)  # type: ignore[arg-type]
-        buffers.slot.fill_((state.num_closed - 1) % slots)
-        buffers.num_valid.fill_(state.num_valid)
-        run()
-        state = close_segment(model, state, segment, None)
-    state = replace(state, queue=buffers.queue.clone())
-    queue = push_memory(replace(state, num_closed=state.num_closed - 1), buffers.memory)
-    return open_segment(replace(state, queue=queue), text.slice(full, text.length))
+def fits(model: HMTForCausalLM, segment: Tokens) -> bool:
+    """Whether a segment, if it is not a text's first, has the shapes of the step."""
+    return segment.length == model.config.segment_length and segment.mask is None
+
+
+def step_and_read(
+    model: HMTForCausalLM, step: StaticStep, state: HMTState, segment: Tokens, query: Tensor, pending: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Hidden states, memory, recalled embedding and age of a full segment, after `pending` [B, d] has been written.
+
+    Without `pending`, the latest memory is written once more.
+    """
+    b, keep = step.buffers, model.config.num_sensory
+    slot = (state.num_closed - 1) % b.queue.shape[1]
+    b.ids[:, :keep] = state.recent.last(keep).ids
+    b.ids[:, keep:] = segment.ids
+    b.query.copy_(query)
+    b.memory.copy_(b.queue[:, slot] if pending is None else pending)
+    b.slot.fill_(slot)
+    b.num_valid.fill_(state.num_valid)
+    step.run(model)
+    # copies, because the next segment overwrites the buffers
+    return b.hidden.clone(), b.memory.clone(), b.embeds[:, 0].clone(), state.age_of(b.strongest)

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from hmt.config import MODES
 from hmt.data import Document, pad_batch, window_example, windows
+from hmt.loss import IGNORE_INDEX
 from hmt.model import HMTForCausalLM
 from hmt.modes import reading_as
 
@@ -219,6 +220,19 @@ class HMTTrainer(Trainer):
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Trainer's, and under FSDP of one length in all processes: they gather each layer's weights together."""
+        inputs = super()._prepare_inputs(inputs)
+        if not self.is_fsdp_enabled:
+            return inputs
+        inputs = {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
+        return {
+            name: self.accelerator.pad_across_processes(
+                inputs[name], dim=1, pad_index=IGNORE_INDEX if "labels" in name else 0
+            )
+            for name in sorted(inputs)
+        }
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         self._clock = self._clock or (perf_counter(), self.state.num_input_tokens_seen)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    FalconMambaConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
     MistralConfig,
     MixtralConfig,
     OPTConfig,
@@ -20,6 +23,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    RwkvConfig,
 )
 
 from hmt import HMTForCausalLM
@@ -34,6 +38,8 @@ SHAPE = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+RECURRENT = {name: value for name, value in SHAPE.items() if name != "num_attention_heads"}
+MAMBA = {**RECURRENT, "state_size": 8, "initializer_range": 0.03}
 GROUPED = {**SHAPE, "intermediate_size": 128, "num_key_value_heads": 2}
 OPT = {**SHAPE, "ffn_dim": 128, "max_position_embeddings": 512}
 GPT2 = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
@@ -51,7 +57,12 @@ CONFIGS = {
     "phi3": lambda: Phi3Config(**GROUPED),
     "gemma2": lambda: Gemma2Config(**GROUPED, head_dim=16, sliding_window=16),
     "gemma3": lambda: Gemma3TextConfig(**GROUPED, head_dim=16, sliding_window=16),
+    "mamba": lambda: MambaConfig(**MAMBA),
+    "mamba2": lambda: Mamba2Config(**MAMBA, num_heads=8, head_dim=16, n_groups=2, chunk_size=8),
+    "falcon-mamba": lambda: FalconMambaConfig(**MAMBA),
+    "rwkv": lambda: RwkvConfig(**RECURRENT, attention_hidden_size=64),
 }
+WITHOUT_ATTENTION = ("mamba", "mamba2", "falcon-mamba", "rwkv")
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -85,8 +96,8 @@ def backbone(name: str = "llama", seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config((CONFIGS | ROTARY_CONFIGS)[name]()).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and not parameter_name.endswith("A_log"):  # the logarithm of a rate
                 parameter.mul_(3.0)
     return model
 

@@ -1,18 +1,22 @@
 """A training in one or several processes: what test_distributed.py compares.
 
-python distributed_training.py FOLDER RANK SIZE runs it under accelerate's DDP; rank 0 writes losses and weights.
+python distributed_training.py FOLDER RANK SIZE runs it under accelerate's DDP and FSDP2; rank 0 writes results.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType, PartialState
 from backbones import VOCAB, hmt_model
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 from two_processes import join_group
@@ -20,9 +24,14 @@ from two_processes import join_group
 from hmt.data import Document
 from hmt.training import HMTTrainer, Stage
 
+KINDS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}},
+}
 
-def train(directory: str | Path, batch_size: int, wrapped: bool = False) -> dict[str, Tensor]:
-    """Losses and trained weights of four steps on `batch_size` examples per process, twice accumulated."""
+
+def train(directory: str | Path, batch_size: int, kind: str | None = None) -> dict[str, Tensor]:
+    """Losses, gradient norms and changes of all weights in four steps of `batch_size` examples, twice accumulated."""
     texts = [Document(torch.randint(3, VOCAB, (n,), generator=torch.Generator().manual_seed(n))) for n in (75, 150, 90)]
     arguments = TrainingArguments(
         str(directory),
@@ -35,21 +44,33 @@ def train(directory: str | Path, batch_size: int, wrapped: bool = False) -> dict
         disable_tqdm=True,
         report_to="none",
         use_cpu=True,
+        **KINDS.get(kind or "", {}),
     )
+    if kind == "fsdp2" and arguments.device.type == "cpu":
+        # accelerate has FSDP2 for every kind of device but CPUs, and asks for the kind here only
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     model = hmt_model(queue_size=2).double()  # rounding is then far below the tolerance
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = HMTTrainer(model, arguments, texts, [Stage(2, (2,), "rmt"), Stage(2, (4,))])
     trainer.train()
-    if wrapped != isinstance(trainer.model_wrapped, DistributedDataParallel):
-        raise RuntimeError(f"the model was not wrapped as expected: {type(trainer.model_wrapped).__name__}")
+    wrapped = trainer.model_wrapped
+    found = {"ddp": isinstance(wrapped, DistributedDataParallel), "fsdp2": isinstance(wrapped, FSDPModule)}
+    if found != {name: name == kind for name in KINDS}:
+        raise RuntimeError(f"the model was not wrapped for {kind}: {type(wrapped).__name__}")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"loss": torch.tensor(losses), **{name: p.detach() for name, p in trainer.model.named_parameters()}}
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry]
+    weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
+    whole = {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
+    changes = {name: w - before[name] for name, w in whole.items()}
+    return {"loss": torch.tensor(losses), "gradient norm": torch.tensor(norms), **changes}
 
 
 def main(folder: str, rank: int, size: int) -> None:
     join_group(folder, rank, size)
-    found = train(folder, 4 // size, wrapped=True)
-    if rank == 0:
-        save_file(found, Path(folder) / "trained.safetensors")
+    for kind in KINDS:
+        found = train(folder, 4 // size, kind)
+        if rank == 0:
+            save_file({name: x.contiguous() for name, x in found.items()}, Path(folder) / f"{kind}.safetensors")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from backbones import CONFIGS, ROTARY_CONFIGS, backbone, token_ids
+from backbones import CONFIGS, ROTARY_CONFIGS, WITHOUT_ATTENTION, backbone, token_ids
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from hmt.attention import hmt_mask, pad_span_of, read_mask
 
-USABLE = [name for name in CONFIGS if name != "gemma2"]
+USABLE = [name for name in CONFIGS if name not in ("gemma2", *WITHOUT_ATTENTION)]
 MORE = list(ROTARY_CONFIGS)
 
 

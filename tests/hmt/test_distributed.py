@@ -34,12 +34,20 @@ def test_two_processes_are_one(kind: str, folder: Path) -> None:
     assert not torch.equal(found["memory"], torch.zeros_like(found["memory"]))
 
 
-def test_a_training_in_two_processes_is_one(tmp_path: Path) -> None:
-    """Stages, accumulation, texts of different lengths: the same losses and weights as with the batch in one."""
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes have left what they trained."""
+    folder = tmp_path_factory.mktemp("trainings")
+    two_processes.run("distributed_training.py", folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_training_in_two_processes_is_one(kind: str, trainings: Path, tmp_path: Path) -> None:
+    """Stages, accumulation, texts of different lengths: the same losses and gradients as with the batch in one."""
     import distributed_training
 
-    two_processes.run("distributed_training.py", tmp_path)
-    found, expected = load_file(tmp_path / "trained.safetensors"), distributed_training.train(tmp_path / "one", 4)
+    found, expected = load_file(trainings / f"{kind}.safetensors"), distributed_training.train(tmp_path, 4)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         error = (found[name] - value).norm() / value.norm()

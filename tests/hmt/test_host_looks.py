@@ -56,9 +56,9 @@ def test_the_counter_sees_every_way_to_look(monkeypatch: pytest.MonkeyPatch) -> 
             assert len(looks.found) > before, f"way {number} was not seen"
 
 
-def run(kind: str, segments: int, padded: bool, looks: Looks) -> list[str]:
+def run(kind: str, segments: int, padded: bool, looks: Looks, static: bool = False) -> list[str]:
     """What a call over so many segments looks at."""
-    model = hmt_model(summary_batch_size=2)
+    model = hmt_model(summary_batch_size=2, cuda_graphs=static)
     ids = token_ids(2, 16 * segments + 5)
     mask = None
     if padded:
@@ -79,9 +79,10 @@ def run(kind: str, segments: int, padded: bool, looks: Looks) -> list[str]:
         return list(looks.found)
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["ordinary", "static-step"])
 @pytest.mark.parametrize("kind", ["read", "score", "train"])
-def test_nothing_is_looked_at_without_padding(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(kind, 5, False, Looks(monkeypatch)) == []
+def test_nothing_is_looked_at_without_padding(kind: str, static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(kind, 5, False, Looks(monkeypatch), static) == []
 
 
 @pytest.mark.parametrize("kind", ["read", "score", "train"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backbones import CONFIGS, VOCAB, backbone, hmt_model, token_ids
+from backbones import CONFIGS, VOCAB, WITHOUT_ATTENTION, backbone, hmt_model, token_ids
 from transformers import AutoModelForCausalLM, BartConfig, BertConfig, LlamaConfig, LlamaModel
 from transformers.models.bart import BartForConditionalGeneration
 
@@ -237,7 +237,7 @@ def test_summary_batches_do_not_matter(batch: int) -> None:
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "mistral-window", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "opt", "mistral-window", "gpt2", *WITHOUT_ATTENTION])
 @torch.no_grad()
 def test_padding_tokens_are_never_seen(name: str) -> None:
     """What stands in a padded place, in the middle of the augmented sequence, changes no visible logit."""
@@ -338,6 +338,8 @@ def test_bad_arguments(arguments: dict, error: type[Exception], message: str) ->
         ({"bptt_depth": 0}, "bptt_depth"),
         ({"rematerialize": "yes"}, "rematerialize"),
         ({"offload_states": 1}, "offload_states"),
+        ({"cuda_graphs": 1}, "cuda_graphs"),
+        ({"compile_step": "max"}, "compile_step"),
     ],
     ids=str,
 )

@@ -36,7 +36,7 @@ def assert_states_agree(states: list[HMTState], documents: list[Alone]) -> None:
             torch.testing.assert_close(state.queue, expected.queue, atol=1e-5, rtol=1e-5)
 
 
-BACKBONES = ["llama", "mistral-window", "opt-projected", "gpt2", "gpt-neox", "gemma2", "gemma3"]
+BACKBONES = ["llama", "mistral-window", "opt-projected", "gpt2", "gpt-neox", "gemma2", "gemma3", "mamba", "rwkv"]
 CASES = [*((name, "hmt", "current") for name in BACKBONES), ("llama", "hmt", "previous"), ("qwen3", "rmt", "current"),
          ("llama", "baseline", "current")]  # fmt: skip
 

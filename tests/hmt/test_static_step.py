@@ -1,81 +1,222 @@
-"""The static segment step reads as model.read does; what a CUDA graph needs of it holds on CPU too."""
+"""Static segment steps read and score as the ordinary path does; what a CUDA graph needs of them holds on CPU too."""
 
 from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 from backbones import hmt_model, token_ids
-from test_state import assert_equal
 
-from hmt import static_step
-from hmt.static_step import static_reader
+from hmt import HMTForCausalLM, static_step
+from hmt.passes import read_segments
+from hmt.tokens import Tokens
 
 
-@pytest.mark.parametrize("name", ["llama", "opt-projected", "mistral-window"])
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The addresses of all buffers at every step."""
+    taken: list[tuple[int, ...]] = []
+    step = static_step.segment_step
+
+    def watched(model: HMTForCausalLM, buffers: static_step.StepBuffers) -> None:
+        taken.append(tuple(tensor.data_ptr() for tensor in vars(buffers).values()))
+        step(model, buffers)
+
+    monkeypatch.setattr(static_step, "segment_step", watched)
+    return taken
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """Steps are captured, on a CPU, as a graph captures them: what runs later reads the addresses of the capture."""
+    made: list[Callable[[], None]] = []
+
+    def prepare(model: HMTForCausalLM, queue: torch.Tensor, dependencies: tuple) -> static_step.StaticStep:
+        buffers, frozen = static_step.new_buffers(model, queue), copy.deepcopy(model)
+        for ours, theirs in zip(frozen.parameters(), model.parameters(), strict=True):
+            ours.data = theirs.data
+        made.append(lambda: static_step.segment_step(frozen, buffers))
+        return static_step.StaticStep(buffers, lambda model, replay=made[-1]: replay(), dependencies)
+
+    monkeypatch.setattr(static_step, "_prepare", prepare)
+    return made
+
+
+def pair(name: str = "llama", **settings: object) -> tuple[HMTForCausalLM, HMTForCausalLM]:
+    """The same model with static steps and without."""
+    ours = hmt_model(name, cuda_graphs=True, **settings)
+    theirs = hmt_model(name, **settings)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("name", ["llama", "opt-projected", "mistral-window", "mamba"])
 @pytest.mark.parametrize("source", ["current", "previous"])
 @pytest.mark.parametrize("sensory", [3, 0], ids=["sensory", "no-sensory"])
-def test_static_steps_read_as_the_model_does(name: str, source: str, sensory: int) -> None:
+def test_reading(name: str, source: str, sensory: int, steps: list) -> None:
     """Texts of every kind of length, one after the other through the same buffers; states given stay as they were."""
-    model = hmt_model(name, summary_source=source, num_sensory=sensory)
-    read = static_reader(model, batch_size=2)
+    ours, theirs = pair(name, summary_source=source, num_sensory=sensory)
     for lengths in ((16 * 6,), (7, 16 * 3), (20, 5, 16 * 4 + 3), (16, 16, 15, 1)):
         state = expected = None
         for number, length in enumerate(lengths):
             ids = token_ids(2, length, seed=number)
             before = None if state is None else state.queue.clone()
-            old, state = state, read(ids, state)
+            old, state = state, ours.read(ids, state)
             assert old is None or torch.equal(old.queue, before)
-            expected = model.read(ids, expected)
+            expected = theirs.read(ids, expected)
             assert (state.num_closed, state.num_open) == (expected.num_closed, expected.num_open)
             torch.testing.assert_close(state.queue, expected.queue, atol=1e-5, rtol=1e-5)
             for part in ("recent", "open"):
                 assert torch.equal(getattr(state, part).ids, getattr(expected, part).ids)
+    assert len(steps) == 5 + 2 + 4 + 2 and len(set(steps)) == 1
 
 
-def test_every_step_uses_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph replays addresses: no buffer is replaced, and one step is all that runs per segment."""
-    model, addresses = hmt_model(), []
-
-    def watched(model, buffers) -> None:
-        addresses.append(tuple(tensor.data_ptr() for tensor in vars(buffers).values()))
-        step(model, buffers)
-
-    step = static_step.segment_step
-    monkeypatch.setattr(static_step, "segment_step", watched)
-    read = static_reader(model)
-    state = read(token_ids(1, 16 * 5), None)
-    read(token_ids(1, 16 * 3), state)
-    assert len(addresses) == 4 + 3 and len(set(addresses)) == 1
-
-
-def test_the_hidden_states_are_there_for_a_head() -> None:
-    model = hmt_model()
-    buffers = static_step.new_buffers(model, 2)
-    ids = token_ids(2, 16 * 3)
-    with torch.no_grad():
-        state = model.read(ids[:, :32])
-        query = static_step.recall_queries(model, [static_step.Tokens(ids[:, 32:])], state)[0]
-        buffers.queue.copy_(state.queue)
-        buffers.memory.copy_(state.queue[:, 1])
-        buffers.ids.copy_(torch.cat([ids[:, 29:32], ids[:, 32:]], dim=1))
-        buffers.query.copy_(query)
-        buffers.slot.fill_(1)
-        buffers.num_valid.fill_(2)
-        static_step.segment_step(model, buffers)
-        logits = model.backbone.lm_head(buffers.hidden)
-        expected = model(ids[:, 32:], state=state)
-    torch.testing.assert_close(logits, expected.logits, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(buffers.memory, expected.state.queue[:, 2], atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("length", [16 * 6, 16 * 4 + 7], ids=["closed", "open"])
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@torch.no_grad()
+def test_scoring(length: int, padded: bool, steps: list) -> None:
+    """Loss, logits and trace; a segment with padding, the first and an open one are read by the ordinary path."""
+    ours, theirs = pair()
+    ids = token_ids(2, length)
+    mask = torch.ones_like(ids)
+    mask[1, 35:40] = 1 - padded
+    outs = [model(ids, mask, labels=ids, logits_to_keep=0, output_trace=True) for model in (ours, theirs)]
+    assert len(steps) == length // 16 - 1 - padded
+    for name in ("loss", "logits"):
+        torch.testing.assert_close(outs[0][name], outs[1][name], atol=1e-5, rtol=1e-5)
+    for name, values in outs[1].trace.items():
+        torch.testing.assert_close(outs[0].trace[name], values, atol=1e-5, rtol=1e-5)
 
 
-def test_what_it_cannot_read_is_refused() -> None:
-    with pytest.raises(ValueError, match="mode 'hmt'"):
-        static_reader(hmt_model(mode="rmt"))
-    model = hmt_model()
-    read = static_reader(model)
-    with pytest.raises(ValueError, match="1 rows"):
-        read(token_ids(2, 20), None)
-    with pytest.raises(ValueError, match="own size"):
-        read(token_ids(1, 20), hmt_model(queue_size=9).new_state())
-    state = read(token_ids(1, 20), None)
-    assert_equal(state, model.read(token_ids(1, 20)))
+@torch.no_grad()
+def test_generation_closes_segments_with_it(steps: list) -> None:
+    ours, theirs = pair()
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    ids = token_ids(2, 21)
+    assert torch.equal(ours.generate(ids, **options), theirs.generate(ids, **options))
+    assert len(steps) == 60 // 16 - 1
+
+
+def test_training_takes_no_step(steps: list) -> None:
+    ours, theirs = pair()
+    ids = token_ids(2, 16 * 4)
+    losses = [model(ids, labels=ids).loss for model in (ours, theirs)]
+    assert torch.equal(*losses) and losses[0].requires_grad and not steps
+
+
+def new_data(model: HMTForCausalLM) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.1
+
+
+def new_module(model: HMTForCausalLM) -> None:
+    first, second = model.backbone.model.layers
+    first.mlp = copy.deepcopy(second.mlp)
+
+
+def in_place(model: HMTForCausalLM) -> None:
+    for parameter in model.parameters():
+        parameter.data.mul_(1.1)
+
+
+def other_scale(model: HMTForCausalLM) -> None:
+    model.recall.softmax_scale *= 2
+
+
+@pytest.mark.parametrize("change", [new_data, new_module, in_place, other_scale, HMTForCausalLM.double])
+@torch.no_grad()
+def test_a_captured_step_never_runs_with_stale_weights(change: Callable, graphs: list) -> None:
+    """What replaying would not notice leads to a new capture; weights changed where they lie need none."""
+    ours, theirs = pair()
+    ids = token_ids(1, 16 * 5)
+    before = ours.read(ids)
+    ours.read(ids)
+    assert len(graphs) == 1
+    for model in (ours, theirs):
+        change(model)
+    found, expected = ours.read(ids), theirs.read(ids)
+    torch.testing.assert_close(found.queue, expected.queue, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found.queue.float(), before.queue)
+    assert len(graphs) == (1 if change is in_place else 2)
+
+
+@torch.no_grad()
+def test_hooks_and_adapters_are_not_captured(graphs: list) -> None:
+    """What may do something else at every call is called every time."""
+    peft = pytest.importorskip("peft")
+    model, _ = pair()
+    ids, seen = token_ids(1, 16 * 4), []
+    handle = model.backbone.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    model.read(ids)
+    assert len(seen) >= 4 and not graphs
+    handle.remove()
+    model.read(ids)
+    assert len(graphs) == 1
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).base_model.model.read(ids)
+    assert len(graphs) == 1
+
+
+@torch.no_grad()
+def test_steps_of_different_shapes_and_of_two_calls_at_once(graphs: list) -> None:
+    """Few shapes are kept; a call that begins while another is under way gets buffers of its own."""
+    ours, theirs = pair()
+    for rows in (1, 2, 3, 4, 5, 6, 6, 5, 1):
+        ids = token_ids(rows, 16 * 3)
+        torch.testing.assert_close(ours.read(ids).queue, theirs.read(ids).queue, atol=1e-5, rtol=1e-5)
+    assert len(graphs) == 7
+    assert len(static_step._steps[ours]) == static_step.KEPT_STEPS
+    a, b = token_ids(1, 16 * 4, seed=1), token_ids(1, 16 * 4, seed=2)
+    turns = [read_segments(ours, Tokens(ids), ours.new_state()) for ids in (a, b)]
+    for results in zip(*turns, strict=True):
+        states = [result.state for result in results]
+    for state, ids in zip(states, (a, b), strict=True):
+        torch.testing.assert_close(state.queue, theirs.read(ids).queue, atol=1e-5, rtol=1e-5)
+
+
+def test_copies_of_a_model_have_their_own_steps(graphs: list) -> None:
+    """Nothing of a step is copied or pickled with its model, or keeps it alive."""
+    model, _ = pair()
+    ids = token_ids(1, 16 * 4)
+    model.read(ids)
+    twin = copy.deepcopy(model)
+    in_place(twin)
+    assert not torch.allclose(twin.read(ids).queue, model.read(ids).queue)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model)).read(ids).queue, model.read(ids).queue)
+    count = len(static_step._steps)
+    del twin
+    gc.collect()
+    assert len(static_step._steps) < count
+
+
+@torch.no_grad()
+def test_inference_mode_leaves_buffers_that_can_be_written() -> None:
+    ours, theirs = pair()
+    ids = token_ids(1, 16 * 4)
+    with torch.inference_mode():
+        ours.read(ids)
+    torch.testing.assert_close(ours.read(ids).queue, theirs.read(ids).queue, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as a whole, without a break, by the stages of torch.compile that come before its code generator."""
+    compile_, made = torch.compile, []
+
+    def traced(function: Callable, **options: object) -> Callable:
+        made.append(compile_(function, backend="aot_eager", fullgraph=True, **options))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "compile", traced)
+    ours, theirs = hmt_model(compile_step=True), hmt_model()
+    theirs.load_state_dict(ours.state_dict())
+    ids = token_ids(2, 16 * 5 + 3)
+    found, expected = (model(ids, labels=ids, logits_to_keep=0) for model in (ours, theirs))
+    assert len(made) == 1
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.state.queue, expected.state.queue, atol=1e-5, rtol=1e-5)
+    new_data(ours), new_data(theirs)
+    torch.testing.assert_close(ours.read(ids).queue, theirs.read(ids).queue, atol=1e-5, rtol=1e-5)

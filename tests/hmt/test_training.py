@@ -38,7 +38,9 @@ def with_padding(ids: torch.Tensor) -> torch.Tensor:
     return mask
 
 
-BACKBONES = [(name, "hmt", False) for name in ("llama", "mistral-window", "opt-projected", "gemma3", "gpt2")]
+BACKBONES = [
+    (name, "hmt", False) for name in ("llama", "mistral-window", "opt-projected", "gemma3", "gpt2", "mamba2", "rwkv")
+]
 
 
 @pytest.mark.parametrize(
