@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -21,6 +22,7 @@ from hmt.state_file import digest_of, write_whole
 TRAINABLE = ("full", "lora", "memory")
 FILE = "hmt_adapter.safetensors"
 FORMAT, VERSION = "hmt_adapter", "1"
+DIGEST = "metadata_sha256"  # of all other metadata; absent in the first files
 SETTINGS = (
     "mode",
     "segment_length",
@@ -90,6 +92,7 @@ def save_adapter(model: HMTForCausalLM, directory: str | Path, backbone: str) ->
         "lora": scales,
         "sha256": {name: digest_of(name, tensor) for name, tensor in tensors.items()},
     }
+    metadata[DIGEST] = _digest_of_metadata(metadata)
     Path(directory).mkdir(parents=True, exist_ok=True)
     # one entry, because safetensors writes several in random order: equal adapters are equal files
     write_whole(Path(directory) / FILE, save(tensors, {FORMAT: json.dumps(metadata)}))
@@ -144,8 +147,10 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get(FORMAT, "{}"))
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, RuntimeError, json.JSONDecodeError) as error:
+    except (SafetensorError, RuntimeError, TypeError, OverflowError, UnicodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{str(path)!r} is damaged or no safetensors file: {error}") from error
+    if DIGEST in metadata and metadata[DIGEST] != _digest_of_metadata(metadata):
+        raise ValueError(f"{str(path)!r} is damaged: its metadata does not match its SHA-256")
     if metadata.get("version") != VERSION:
         raise ValueError(
             f"{str(path)!r} must be an HMT adapter of version {VERSION!r}, got version {metadata.get('version')!r}"
@@ -156,6 +161,11 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         if metadata["sha256"][name] != digest_of(name, tensor):
             raise ValueError(f"{str(path)!r} is damaged: tensor {name!r} does not match its SHA-256")
     return tensors, metadata
+
+
+def _digest_of_metadata(metadata: dict[str, Any]) -> str:
+    others = {key: value for key, value in metadata.items() if key != DIGEST}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def _merge(backbone: PreTrainedModel, tensors: dict[str, torch.Tensor], scales: dict[str, float], path: Path) -> None:

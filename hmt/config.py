@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hmt.state_file import write_whole
+
 MODES = ("hmt", "rmt", "baseline")
 SUMMARY_SOURCES = ("current", "previous")
+DIGEST = "sha256"  # of all other fields of a config.json
 
 
 def embedding_width(text_config: PreTrainedConfig) -> int:
@@ -44,8 +50,10 @@ class HMTConfig(PreTrainedConfig):
             CUDA is captured as a graph and replayed. Its capture has never run on a GPU.
         compile_step: compile that step with torch.compile; the first segments then wait for the compiler.
 
+    A saved config.json holds a SHA-256 of its fields; who edits the file by hand takes that line out.
+
     Raises:
-        ValueError: for a value outside its range, naming the argument.
+        ValueError: for a value outside its range, naming the argument; for a file that is damaged.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -85,8 +93,26 @@ class HMTConfig(PreTrainedConfig):
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.text_config, name, None))
+        kwargs.pop(DIGEST, None)
         super().__post_init__(**kwargs)
         self._check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> HMTConfig:
+        """The config of a dict, which may come from a file."""
+        fields = dict(config_dict)
+        if (expected := fields.pop(DIGEST, None)) is not None and expected != _digest_of(fields):
+            raise ValueError(
+                f"config.json of this HMT is damaged: its fields do not match its {DIGEST} (if they were edited on "
+                f"purpose, remove the line {DIGEST!r})"
+            )
+        return super().from_dict(fields, **kwargs)
+
+    def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
+        """Write a config.json with a digest of its fields, whole or not at all."""
+        fields = json.loads(self.to_json_string(use_diff))
+        fields[DIGEST] = _digest_of(self._decode_special_floats(fields))
+        write_whole(Path(json_file_path), (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
 
     def _check(self) -> None:
         if self.mode not in MODES:
@@ -136,3 +162,8 @@ class HMTConfig(PreTrainedConfig):
     def hidden_size(self) -> int:
         """Width d of the token embeddings, as generic tools read it off a config."""
         return embedding_width(self.text_config)
+
+
+def _digest_of(fields: dict[str, Any]) -> str:
+    """SHA-256 of the fields of a config.json, whatever its layout."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
