@@ -16,6 +16,7 @@ from hmt.cli_train import DATA_HELP, add_data_options, positive
 from hmt.config import MODES
 from hmt.data import Document, load_documents
 from hmt.loading import Loaded, load
+from hmt.recipes import RECIPES
 from hmt.records import read_records
 from hmt.reports import write_report
 
@@ -27,6 +28,7 @@ TASKS = """tasks:
   qa          DATA holds questions (context, question, answer); answers are generated and get F1 and ROUGE-L
   recall-map  which past segment each segment of DATA recalled
 """
+RECIPE_LIST = "\n".join(["", "recipes:", *(f"  {name:14}{recipe.notes}" for name, recipe in RECIPES.items())])
 Item = TypeVar("Item")
 
 
@@ -45,7 +47,7 @@ def add_evaluate(commands: Any) -> None:
         "evaluate",
         help="perplexity by context read, needles in a haystack, questions, or a map of what is recalled",
         description="Compare several models or modes on DATA, with confidence intervals.",
-        epilog=TASKS,
+        epilog=TASKS + RECIPE_LIST,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("data", metavar="DATA", help=DATA_HELP)

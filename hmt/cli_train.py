@@ -24,7 +24,7 @@ SCHEDULES = ("exponential", "linear", "cosine", "constant_with_warmup")
 DATA_HELP = (
     "a text file, a jsonl file (fields text, or context, question, answer), a folder of both, hub:NAME, or recipe:NAME "
     f"with NAME one of {', '.join(RECIPES)}; recipe:NAME:FILE reads a local copy, recipe:interleaved:DATA and "
-    "recipe:dilated:DATA mix the texts of DATA"
+    "recipe:dilated:DATA mix the texts of DATA (hmt evaluate --help describes the recipes)"
 )
 
 

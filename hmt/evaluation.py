@@ -75,7 +75,9 @@ def read_curve(
         ValueError: no text of at least two tokens, or questions; a mode that the model cannot read in.
     """
     if any(document.answer_start is not None for document in documents):
-        raise ValueError("documents must be plain texts, got questions with answers")
+        raise ValueError(
+            "documents must be plain texts, got questions with answers, which hmt evaluate --task qa is for"
+        )
     stretches = windows(documents, segments * model.config.segment_length)[:limit]
     if not stretches:
         raise ValueError("documents must hold a text of at least two tokens, got none")

@@ -2,7 +2,8 @@
 
 Each context holds "The password of KEY is VALUE." for one or several keys, every fact in a segment of its own. Then the
 next segment asks for one of them, `distance` segments after it was stated. All contexts of a trial are of equal length
-and hide the same facts, so that nothing but the distance differs; with several keys the others distract.
+and hide the same facts, so that nothing but the distance differs; with several keys the others distract. A model whose
+summary_source is "previous" recalls for the question by the segment before it, which knows nothing of the question.
 """
 
 from __future__ import annotations

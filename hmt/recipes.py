@@ -119,7 +119,7 @@ RECIPES = {
         {"train": ("train", 0, 158_452), "validation": ("train", 158_452, 190_142), "test": ("train", 190_142, None)},
         _fused,
         {"fuse": 2},
-        "long answers to questions about the abstracts of FUSE papers in one context (arXiv 1909.06146)",
+        "long answers about the abstracts of 2 papers in one context, or of recipe:pubmedqa,fuse=N (arXiv 1909.06146)",
     ),
     **{name: _longbench_task(name) for name in ("narrativeqa", "qasper", "qmsum", "musique")},
 }

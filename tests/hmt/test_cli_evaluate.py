@@ -160,5 +160,5 @@ def test_help(capsys) -> None:
         main(["evaluate", "--help"])
     printed = capsys.readouterr().out
     assert "usage: hmt evaluate" in printed
-    for task in ("perplexity", "needle", "qa", "recall-map"):
+    for task in ("perplexity", "needle", "qa", "recall-map", "pg19", "pubmedqa", "musique"):
         assert re.search(rf"^  {task} ", printed, flags=re.MULTILINE)

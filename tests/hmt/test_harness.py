@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,3 +114,10 @@ def test_tasks_run_to_their_results(lm: HMTLM, tmp_path: Path, monkeypatch: pyte
     bits = float(losses(lm, [prefix, *ids]).sum())
     assert found["results"]["whole"]["byte_perplexity,none"] == pytest.approx(math.exp(bits / len(text)), rel=1e-4)
     assert found["samples"]["said"][0]["resps"] == [[lm.generate_until(requests((text, said["generation_kwargs"])))[0]]]
+
+
+def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "hmt.harness")
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    with pytest.raises(ImportError, match="pip install lm-eval"):
+        importlib.import_module("hmt.harness")

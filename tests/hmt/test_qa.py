@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,12 @@ def test_words_are_compared_without_case_punctuation_and_articles() -> None:
 def test_rouge_l(prediction: str, reference: str, expected: float) -> None:
     pytest.importorskip("rouge_score")
     assert rouge_l(prediction, reference) == pytest.approx(expected)
+
+
+def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(ImportError, match="pip install rouge-score"):
+        rouge_l("Lyme", "Lyme")
 
 
 def test_an_answer_is_one_line() -> None:
