@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.machinery
 import importlib.util
 import os
 import sys
@@ -31,10 +32,13 @@ def missing() -> str | None:
 
 
 @contextlib.contextmanager
-def _stand_ins() -> Iterator[None]:
-    """Modules that HMT-pytorch imports for metrics and logging; one of them would ask the network for its metrics."""
+def stand_ins() -> Iterator[None]:
+    """Modules that HMT-pytorch imports for metrics, logging and checkpoints; one of them would use the network."""
     contents: dict[str, dict[str, Any]] = {
         "evaluate": {"load": lambda name: None},
+        "deepspeed": {},
+        "deepspeed.utils": {},
+        "deepspeed.utils.zero_to_fp32": {"get_fp32_state_dict_from_zero_checkpoint": None},
         "sklearn": {},
         "sklearn.metrics": {
             "accuracy_score": lambda *_: 0.0,
@@ -46,6 +50,7 @@ def _stand_ins() -> Iterator[None]:
     added = [name for name in contents if name not in sys.modules]
     for name in added:
         sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)  # whoever looks for it asks for one
         vars(sys.modules[name]).update(contents[name])
     try:
         yield
@@ -55,7 +60,7 @@ def _stand_ins() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _cuda_calls_allowed() -> Iterator[None]:
+def cuda_calls_allowed() -> Iterator[None]:
     """It calls .cuda() on every tensor: on a machine without a GPU that has to do nothing."""
     if torch.cuda.is_available():
         yield
@@ -66,7 +71,7 @@ def _cuda_calls_allowed() -> Iterator[None]:
 
 def build(model: HMTForCausalLM, max_segments: int) -> Any:
     """Its RecurrentWrapper with the weights of `model`; it keeps the logits of all segments, as scoring needs."""
-    with _stand_ins(), mock.patch.object(sys, "path", [os.environ["HMT_PYTORCH"], *sys.path]):
+    with stand_ins(), mock.patch.object(sys, "path", [os.environ["HMT_PYTORCH"], *sys.path]):
         modeling = importlib.import_module("modeling_rmt.language_modeling")
         config = model.config
         cell = modeling.MemoryCell(model.backbone, 1, config.num_sensory)
@@ -110,13 +115,13 @@ def _memories(wrapper: Any) -> Iterator[list[Tensor]]:
 def read(wrapper: Any, ids: Tensor, segment_length: int) -> Tensor:
     """Memories [1, S, d] of a prompt; only its generate() reads prompts, so one token after this one is generated."""
     ids = torch.cat([ids, ids[:, :1]], dim=1)  # the open segment that it starts from
-    with _cuda_calls_allowed(), _memories(wrapper) as memories:
+    with cuda_calls_allowed(), _memories(wrapper) as memories:
         wrapper.generate(ids, torch.ones_like(ids), segment_length, max_new_tokens=1, pad_token_id=0)
     return torch.cat(memories, dim=1)
 
 
 def score(wrapper: Any, ids: Tensor, segment_length: int) -> tuple[Tensor, Tensor]:
     """Loss over a text and the memories [1, S, d]."""
-    with _cuda_calls_allowed(), _memories(wrapper) as memories:
+    with cuda_calls_allowed(), _memories(wrapper) as memories:
         out, _ = wrapper(ids, labels=ids, attention_mask=torch.ones_like(ids), segment_size=segment_length)
     return out.loss, torch.cat(memories, dim=1)

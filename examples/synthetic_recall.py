@@ -18,7 +18,14 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Mamba2Config,
+    PreTrainedConfig,
+    RwkvConfig,
+    TrainingArguments,
+)
 from transformers.utils import logging as transformers_logging
 
 from hmt import HMTForCausalLM
@@ -26,28 +33,46 @@ from hmt.config import MODES
 from hmt.synthetic import RecallExamples, RecallTask, recall_accuracy
 from hmt.training import HMTTrainer, Stage, plan
 
+BACKBONES = ("llama", "rwkv", "mamba2")
 SEGMENTS = (2, 3, 3, 4, 6, 8, 12, 18)  # recall is learnt among few memories, then kept among more and more
 MEASURED = 20  # segments of the texts that the models are measured on
 COLUMNS = ("mode", "seed", "distance", "right", "asked", "accuracy")
 
 
-def build(mode: str, task: RecallTask, width: int, layers: int, seed: int) -> HMTForCausalLM:
-    """A fresh Llama of this width around which HMT reads segments without sensory tokens."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=task.vocab_size,
-        hidden_size=width,
+def config_of(backbone: str, vocab_size: int, width: int, layers: int) -> PreTrainedConfig:
+    """A small Llama, or a Mamba, which has no attention."""
+    shape = {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "initializer_range": width**-0.5,
+        "tie_word_embeddings": False,
+    }
+    if backbone == "rwkv":
+        return RwkvConfig(**shape)
+    if backbone == "mamba2":  # a chunk is what is read at once: a segment and both memory slots
+        return Mamba2Config(**shape, state_size=32, num_heads=8, head_dim=width // 4, n_groups=1, chunk_size=8)
+    return LlamaConfig(
+        **shape,
         intermediate_size=2 * width,
-        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=64,
-        initializer_range=width**-0.5,
-        tie_word_embeddings=False,
     )
-    backbone = LlamaForCausalLM(config)
+
+
+def build(
+    mode: str, task: RecallTask, width: int, layers: int, seed: int, backbone_name: str = "llama"
+) -> HMTForCausalLM:
+    """A fresh backbone of this width around which HMT reads segments without sensory tokens."""
+    torch.manual_seed(seed)
+    backbone = AutoModelForCausalLM.from_config(config_of(backbone_name, task.vocab_size, width, layers))
     # as long as the memories, which enter among them: a last hidden state is normed to root mean square 1
-    backbone.get_input_embeddings().weight.data.mul_(width**0.5)
+    embeddings = backbone.get_input_embeddings().weight.data
+    if backbone_name == "rwkv":  # which starts with embeddings of almost nothing
+        embeddings.normal_()
+    else:
+        embeddings.mul_(width**0.5)
     return HMTForCausalLM.from_backbone(
         backbone,
         mode=mode,
@@ -120,6 +145,7 @@ def save(rows: list[dict], path: Path) -> None:
 def main(argv: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--backbone", choices=BACKBONES, default="llama")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each mode (default 1)")
     parser.add_argument("--steps", type=int, default=560, help="of training (default 560)")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -136,7 +162,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     rows: list[dict] = []
     for seed in range(arguments.seeds):
         for mode in arguments.modes:
-            model = build(mode, task, arguments.width, arguments.layers, seed).to(arguments.device)
+            model = build(mode, task, arguments.width, arguments.layers, seed, arguments.backbone).to(arguments.device)
             size = sum(p.numel() for p in model.parameters())
             seconds = train(model, task, arguments, seed)
             found = recall_accuracy(model, task, MEASURED, arguments.texts, seed=10_000 + seed)

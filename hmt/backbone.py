@@ -95,9 +95,12 @@ def takes_cache(model: PreTrainedModel) -> bool:
 def takes_spans(model: PreTrainedModel) -> bool:
     """Whether the layers accept a hidden range of keys in place of a mask, which saves a look at the mask's values.
 
-    Only attention "hmt" understands it, where no positions are counted from the mask and no layer has a window.
+    Only attention "hmt" understands it, where no positions are counted from the mask and no layer has a window or a
+    state.
     """
     model = unwrap(model)
+    if is_recurrent(model):
+        return False
     windowed = getattr(model.config, "sliding_window", None) is not None
     return model.config._attn_implementation == "hmt" and hasattr(model.base_model, "rotary_emb") and not windowed
 

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from hmt.backbone import embed, run_layers, unwrap
 from hmt.state import HMTState
@@ -201,6 +202,7 @@ def step_and_read(
     b.memory.copy_(b.queue[:, slot] if pending is None else pending)
     b.slot.fill_(slot)
     b.num_valid.fill_(state.num_valid)
-    step.run(model)
+    with record_function("hmt.main"):  # the recall is part of it
+        step.run(model)
     # copies, because the next segment overwrites the buffers
     return b.hidden.clone(), b.memory.clone(), b.embeds[:, 0].clone(), state.age_of(b.strongest)

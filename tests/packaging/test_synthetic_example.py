@@ -41,6 +41,17 @@ def test_example_trains_every_mode_and_writes_a_table(
         assert output.with_suffix(".png").read_bytes()[1:4] == b"PNG"
 
 
+@pytest.mark.parametrize("backbone", ["rwkv", "mamba2"])
+def test_example_trains_backbones_without_attention(
+    backbone: str, example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From start to table; examples/results holds what a whole training gives."""
+    monkeypatch.setattr(example, "SEGMENTS", (2, 3))
+    arguments = ["--backbone", backbone, "--modes", "hmt", "--steps", "4", "--batch-size", "2", "--texts", "20"]
+    rows = example.main([*arguments, "--width", "32", "--output", str(tmp_path / "table.csv")])
+    assert sum(row["asked"] for row in rows) == 20 * 10
+
+
 def test_a_memory_learns_to_carry_a_fact(example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first part of the curriculum, where HMT and RMT are the same; guessing would be right once in 16 times."""
     monkeypatch.setattr(example, "SEGMENTS", (2,))
