@@ -1,3 +1,1 @@
-"""Benchmarks: `pytest benchmarks`; what they measure, and the columns of their results, are in README.md."""
-
-THREADS = 2  # of every CPU measurement
+"""Benchmarks: `make bench`; what they measure, and the columns of their results, are in README.md."""

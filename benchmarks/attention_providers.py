@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,10 +17,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from benchmarks import providers
+from benchmarks.providers import NotHere, needs_module, register
+from benchmarks.sizes import DEVICE
 from hmt_kernels import dispatch, segment_attention
 from hmt_kernels.segment_attention.api import decide
 
-OURS = "hmt_kernels"
+OURS = providers.OURS["attention"]
 DIRECT = "SDPA"
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -45,10 +49,6 @@ class Inputs(NamedTuple):
 
 
 Attention = Callable[[Inputs], Tensor]
-
-
-class NotHere(Exception):
-    """Why a provider cannot run, as its only argument."""
 
 
 def make_inputs(
@@ -104,11 +104,23 @@ def expected(x: Inputs, row: int, kv_head: int) -> tuple[Tensor, ...]:
     return o.detach(), *torch.autograd.grad(o, (q, k, v), do)
 
 
-def _ours(impl: str | None) -> Attention:
+def _ours(impl: str | None, x: Inputs) -> Attention:
+    if impl == "reference":
+        _holds_scores(x)
+    if impl is not None:
+        decision = decide(x.q, x.k, x.v, cos=x.cos, sin=x.sin, pad_span=x.pad_span)
+        if decision.name == impl:
+            raise NotHere("it is the default for these inputs")
+
     def run(x: Inputs) -> Tensor:
         return segment_attention(x.q, x.k, x.v, cos=x.cos, sin=x.sin, pad_span=x.pad_span, impl=impl)
 
     return run
+
+
+def _holds_scores(x: Inputs) -> None:
+    if x.q.shape[2] > MATH_LENGTH[DEVICE]:
+        raise NotHere(f"it holds all scores: up to T = {MATH_LENGTH[DEVICE]}")
 
 
 def _rotated(x: Inputs) -> tuple[Tensor, Tensor]:
@@ -128,7 +140,24 @@ def _sdpa_repeated(x: Inputs) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, x.mask, is_causal=x.mask is None)
 
 
-def _backend(name: str) -> Attention:
+def _liger(x: Inputs) -> Attention:
+    """It rotates in place, here a copy: two more passes over q and k than in a model."""
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+    if x.cos is None:
+        raise NotHere("in the workload rotary only")
+
+    def run(x: Inputs) -> Tensor:
+        q, k = liger_rotary_pos_emb(x.q.clone(), x.k.clone(), x.cos, x.sin)
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, x.v, is_causal=True, enable_gqa=gqa)
+
+    return run
+
+
+def _backend(name: str, x: Inputs) -> Attention:
+    if name == "math":
+        _holds_scores(x)
     attend = _sdpa_repeated if name == "efficient" else _sdpa
 
     def run(x: Inputs) -> Tensor:
@@ -139,6 +168,8 @@ def _backend(name: str) -> Attention:
 
 
 def _flex(x: Inputs) -> Attention:
+    if (x.q.shape[0], x.q.shape[2]) != (1, FLEX_LENGTH):
+        raise NotHere(f"compiled for B = 1, T = {FLEX_LENGTH} only")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     start, stop = (0, 0) if x.pad_span is None else x.pad_span[0].tolist()
@@ -158,7 +189,9 @@ def _flex(x: Inputs) -> Attention:
     return run
 
 
-def _flash_attn(module: str) -> Attention:
+def _flash_attn(module: str, x: Inputs) -> Attention:
+    if x.mask is not None:
+        raise NotHere("it takes no mask")
     function = importlib.import_module(module).flash_attn_func
 
     def run(x: Inputs) -> Tensor:
@@ -169,40 +202,33 @@ def _flash_attn(module: str) -> Attention:
     return run
 
 
-def providers(x: Inputs) -> tuple[dict[str, Attention], dict[str, str]]:
-    """Who may run here, ours first, and why the others do not."""
-    device, length = x.q.device.type, x.q.shape[2]
-    all_scores = f"it holds all scores: up to T = {MATH_LENGTH[device]}"
-    default = decide(x.q, x.k, x.v, cos=x.cos, sin=x.sin, pad_span=x.pad_span).name
-    found: dict[str, Attention] = {OURS: _ours(None)}
-    absent: dict[str, str] = {}
-    for impl in dispatch.KNOWN["segment_attention"]:
-        if impl == "triton" and device == "cpu":
-            absent[f"{OURS}, {impl}"] = "it would be interpreted on the CPU"
-        elif impl == "reference" and length > MATH_LENGTH[device]:
-            absent[f"{OURS}, {impl}"] = all_scores
-        elif impl != default:
-            found[f"{OURS}, {impl}"] = _ours(impl)
-    found[DIRECT] = _sdpa
-    for name in BACKENDS:
-        if name == "math" and length > MATH_LENGTH[device]:
-            absent[f"{DIRECT}, {name}"] = all_scores
-        else:
-            found[f"{DIRECT}, {name}"] = _backend(name)
-    if device == "cpu":
-        absent["FlexAttention"] = "compiling it for a CPU takes longer than this whole suite"
-    elif length != FLEX_LENGTH or x.q.shape[0] > 1:
-        absent["FlexAttention"] = f"compiled for B = 1, T = {FLEX_LENGTH} only"
-    else:
-        found["FlexAttention"] = _flex(x)
-    for name, module in (("FlashAttention-2", "flash_attn"), ("FlashAttention-3", "flash_attn_interface")):
-        if importlib.util.find_spec(module) is None:
-            absent[name] = f"{module} is not installed"
-        elif x.mask is not None:
-            absent[name] = "it takes no mask"
-        else:
-            found[name] = _flash_attn(module)
-    return found, absent
+def _missing_impl(impl: str) -> str | None:
+    if impl == "triton" and DEVICE == "cpu":
+        return "it would be interpreted on the CPU"
+    return dispatch.missing("segment_attention", impl)
+
+
+def _needs_cuda(*modules: str) -> Callable[[], str | None]:
+    absent = needs_module(*modules)
+    return lambda: absent() or (None if DEVICE == "cuda" else "it needs a GPU")
+
+
+register("attention", OURS, partial(_ours, None))
+for impl in dispatch.KNOWN["segment_attention"]:
+    register("attention", f"{OURS}, {impl}", partial(_ours, impl), partial(_missing_impl, impl))
+register("attention", DIRECT, lambda x: _sdpa)
+for backend in BACKENDS:
+    missing = _needs_cuda() if backend in ("efficient", "cuDNN") else lambda: None
+    register("attention", f"{DIRECT}, {backend}", partial(_backend, backend), missing)
+register("attention", f"{DIRECT}, Liger's rotary", _liger, _needs_cuda("liger_kernel"))
+register(
+    "attention",
+    "FlexAttention",
+    _flex,
+    lambda: "compiling it for a CPU takes longer than this whole suite" if DEVICE == "cpu" else None,
+)
+for name, module in (("FlashAttention-2", "flash_attn"), ("FlashAttention-3", "flash_attn_interface")):
+    register("attention", name, partial(_flash_attn, module), _needs_cuda(module))
 
 
 def try_out(attend: Attention, x: Inputs) -> tuple[Tensor, ...]:

@@ -1,10 +1,11 @@
 """Compiles every shipped kernel configuration for sm_80, sm_90 and sm_100 without a GPU, and checks the machine code.
 
-    python -m benchmarks.audit [--only TEXT] [--every-shape]
+    python -m benchmarks.audit [--only TEXT] [--every-shape] [--table OUT.csv [--measure]]
 
 For each: registers, spills, shared memory against the card's limit, 16-byte loads in the loops that stream the
 inputs, and for attention the tensor-core instructions of the architecture. Prints a table and exits with 1 if a check
-fails.
+fails. --table writes what a kernel uses and the time to expect of it; --measure adds the time that it takes on the GPU
+of this machine.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks import sass
+from benchmarks import audit_table, sass
 from benchmarks.audit_attention import attention_cases
 from benchmarks.audit_cases import Case, recall_cases, targets
-from hmt_kernels.triton_launch import Launch
+from benchmarks.results import Row
+from hmt_kernels.triton_launch import Launch, target_of
 from hmt_kernels.triton_tiles import SHARED_MEMORY
 
 # A new family of kernels adds its cases here.
@@ -60,6 +62,7 @@ class Finding(NamedTuple):
     code: sass.Code
     shared_memory: int
     problems: list[str]
+    row: Row  # of the table
 
 
 def main() -> int:
@@ -68,7 +71,13 @@ def main() -> int:
         "--only", default="", help="check only what has this text in its line, such as 'D576' or 'sm_80'"
     )
     parser.add_argument("--every-shape", action="store_true", help="every tile shape there is; takes ten minutes")
+    parser.add_argument("--table", type=Path, metavar="OUT.csv", help="write registers, occupancy, predicted times")
+    parser.add_argument("--measure", action="store_true", help="and the times of this machine's GPU")
     options = parser.parse_args()
+    if options.measure and not (options.table and torch.cuda.is_available()):
+        parser.error("--measure needs --table and a CUDA device")
+    if options.measure and not options.only:
+        options.only = f"sm_{target_of(torch.device('cuda', 0)).arch}"
 
     # A worker is told a position in this list: compiled-function objects do not travel between processes.
     cases = [case for family in FAMILIES for target in targets() for case in family(target, options.every_shape)]
@@ -82,15 +91,32 @@ def main() -> int:
 
     print(f"{'kernel':<58} {'arch':<7} warps registers spills shared KiB  16-byte  shorter loads  verdict")
     failures = 0
+    rows: list[Row] = []
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("fork")) as workers:
         for findings in workers.map(_run_job, range(len(_jobs))):
             for finding in findings:
                 print(format_finding(finding), flush=True)
                 failures += bool(finding.problems)
+                rows.append(finding.row)
+    if options.table:
+        rows = audit_table.with_measurements(rows, measured(options) if options.measure else {})
+        audit_table.write(options.table, rows)
     if nvcc is None:
         print("CUDA C++: not checked, there is no nvcc")
     print(f"{failures} failed")
     return 1 if failures or not _jobs else 0
+
+
+def measured(options: argparse.Namespace) -> dict[tuple[str, str], float]:
+    """Seconds of this GPU's launches, by kernel and architecture."""
+    target = target_of(torch.device("cuda", 0))
+    seconds = {}
+    for family in FAMILIES:
+        for case in family(target, options.every_shape, "cuda"):
+            key = (case.label, f"sm_{target.arch}")
+            if options.only in " ".join(key):
+                seconds[key] = audit_table.seconds_of(case)
+    return seconds
 
 
 _jobs: list[Callable[[], list[Finding]]] = []
@@ -107,7 +133,7 @@ def check_launch(case: Case) -> list[Finding]:
     compiled = triton.compile(launch_source(case.launch), target=GPUTarget("cuda", arch, 32), options=options)
     (code,) = disassemble(compiled.asm["cubin"])
     shared_memory, warps = compiled.metadata.shared, case.launch.num_warps
-    finding = judge(case.label, f"sm_{arch}", warps, code, shared_memory, arch, case.short_loads)
+    finding = judge(case.label, f"sm_{arch}", warps, code, shared_memory, arch, case.short_loads, case)
     if case.tensor_cores and TENSOR_CORES[arch] not in compiled.asm["ptx"]:
         finding.problems.append(f"no {TENSOR_CORES[arch]}")
     return [finding]
@@ -165,8 +191,16 @@ def disassemble(cubin: bytes) -> list[sass.Code]:
 
 
 def judge(
-    label: str, arch: str, warps: int | None, code: sass.Code, shared_memory: int, number: int, short_loads: int = 0
+    label: str,
+    arch: str,
+    warps: int | None,
+    code: sass.Code,
+    shared_memory: int,
+    number: int,
+    short_loads: int = 0,
+    case: Case | None = None,
 ) -> Finding:
+    """`number` is the compute capability, 90; `case` the launch of a Triton kernel."""
     problems = []
     if code.spills:
         problems.append(f"{code.spills} spill instructions")
@@ -176,7 +210,8 @@ def judge(
         problems.append("streaming loads shorter than 16 bytes")
     elif not code.wide_loads:
         problems.append("no streaming loads")
-    return Finding(label, arch, warps, code, shared_memory, problems)
+    row = audit_table.table_row(audit_table.Compiled(label, arch, warps, code, shared_memory), case)
+    return Finding(label, arch, warps, code, shared_memory, problems, row)
 
 
 def format_finding(finding: Finding) -> str:

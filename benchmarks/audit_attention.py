@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.audit_cases import Case
+from benchmarks.costs import Cost
 from hmt_kernels.segment_attention import triton_plans as plans
 from hmt_kernels.segment_attention.triton_configs import decodes
 from hmt_kernels.triton_launch import Launch, Target
@@ -18,7 +19,7 @@ PLAIN = {"cos": None, "sin": None, "pad_span": None, "window_size": None}
 DIRECTIONS = ("forward", "dkdv", "dq", "decode")
 
 
-def attention_cases(target: Target, every_shape: bool) -> Iterator[Case]:
+def attention_cases(target: Target, every_shape: bool, device: str = "meta") -> Iterator[Case]:
     """float16 has the code of bfloat16 but for the conversions; a head dimension of 80 that of 96 but for the masks."""
     narrow = (32, 80) if every_shape else ()
     for dtype, dims in ((torch.bfloat16, (*narrow, 64, 96, 128, 256)), (torch.float32, (64, 128, 256))):
@@ -27,28 +28,39 @@ def attention_cases(target: Target, every_shape: bool) -> Iterator[Case]:
                 if direction == "decode" and not decodes(1, 2, dim, dtype.itemsize):
                     continue  # another kernel takes it
                 for settings in ({}, PLAIN) if every_shape or (dim in (64, 128) and dtype == torch.bfloat16) else ({},):
-                    large = attention_case(direction, 8, dim, dtype, target, **settings)
-                    small = attention_case(direction, 1, dim, dtype, target, **settings)
+                    large = attention_case(direction, 8, dim, dtype, target, device=device, **settings)
+                    small = attention_case(direction, 1, dim, dtype, target, device=device, **settings)
                     yield large
                     if small.label != large.label:
                         yield small
     for dim in (64, 96) if every_shape else (96,):
-        yield attention_case("prepare", 8, dim, torch.bfloat16, target)
+        yield attention_case("prepare", 8, dim, torch.bfloat16, target, device=device)
 
 
 def attention_case(
-    direction: str, batch: int, dim: int, dtype: torch.dtype, target: Target, length: int = 1058, **settings: object
+    direction: str,
+    batch: int,
+    dim: int,
+    dtype: torch.dtype,
+    target: Target,
+    length: int = 1058,
+    device: str = "meta",
+    **settings: object,
 ) -> Case:
     """The launch of one problem: many heads fill a GPU, or with batch = 1 few that do not."""
     heads = 4 * batch
     q_len = 1 if direction == "decode" else length
-    q, k = (torch.empty(batch, n, t, dim, dtype=dtype, device="meta") for n, t in ((2 * heads, q_len), (heads, length)))
-    lse = torch.empty(q.shape[:3], device="meta")
-    table = torch.empty(1, length, dim, device="meta")
-    span = torch.empty(batch, 2, dtype=torch.int32, device="meta")
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    q, k = (zeros(batch, n, t, dim, dtype=dtype) for n, t in ((2 * heads, q_len), (heads, length)))
+    lse = zeros(*q.shape[:3])
+    table = zeros(1, length, dim)
+    span = zeros(batch, 2, dtype=torch.int32)  # empty: a hole costs a comparison, and hides nothing here
     given = {"cos": table, "sin": table, "pad_span": span, "window_size": length // 2} | settings
     problem = plans.Problem(q, k, k, **given, softmax_scale=0.125, target=target)  # type: ignore[arg-type]
-    stats = torch.empty(2, *lse.shape, device="meta")
+    stats = zeros(2, *lse.shape)
     launch = {
         "prepare": lambda: plans.plan_prepare(problem, k, q, (q, lse), (q, lse), stats),
         "forward": lambda: plans.plan_forward(problem, k, q, lse),
@@ -61,7 +73,37 @@ def attention_case(
     # lse and its like, which a thread loads for each of its rows where no pipeline brings them.
     short_loads = {"dkdv": 16 if launch.arguments.get("BLOCK_D") else 2, "prepare": 3}.get(direction, 0)
     tensor_cores = direction in ("forward", "dkdv", "dq") and dtype != torch.float32
-    return Case(label, target, launch, tensor_cores, short_loads)
+    scores = batch * 2 * heads * visible_pairs(q_len, length, given["window_size"])
+    elements, turn = scores, launch.arguments.get("BLOCK_M", 1) * launch.arguments.get("BLOCK_N", 1)
+    if direction == "prepare":
+        elements, turn = q.numel() + k.numel(), launch.arguments["ROWS"] * dim
+    elif direction == "decode":
+        turn = problem.group * launch.arguments["BLOCK_N"]  # the other rows of its tile are empty
+    return Case(
+        label,
+        target,
+        launch,
+        attention_cost(direction, q, k, scores),
+        elements=elements,
+        elements_per_turn=turn,
+        element_size=dtype.itemsize,
+        tensor_cores=tensor_cores,
+        short_loads=short_loads,
+    )
+
+
+def visible_pairs(q_len: int, k_len: int, window_size: object) -> int:
+    window = window_size if isinstance(window_size, int) else k_len
+    return sum(min(position + 1, window) for position in range(k_len - q_len, k_len))
+
+
+def attention_cost(direction: str, q: torch.Tensor, k: torch.Tensor, scores: int) -> Cost:
+    """Products per score, and how often a tensor like q and one like k is read or written."""
+    products, of_q, of_k = {
+        "forward": (2, 2, 2), "decode": (2, 2, 2), "dkdv": (4, 2, 4), "dq": (3, 3, 2), "prepare": (0, 4, 2)
+    }[direction]  # fmt: skip
+    nbytes = (of_q * q.numel() + of_k * k.numel()) * q.element_size()
+    return Cost(nbytes, 2 * products * scores * q.shape[-1])
 
 
 def tile_of(launch: Launch) -> str:

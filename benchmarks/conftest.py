@@ -7,10 +7,26 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks import THREADS, results
+from benchmarks import results, roofline
+from benchmarks.sizes import DEVICE, THREADS
 
-TABLES = pytest.StashKey[dict[str, list[dict[str, object]]]]()
+TABLES = pytest.StashKey[dict[str, dict[tuple[str, ...], results.Row]]]()
 ABSENT = pytest.StashKey[dict[str, str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the benchmarks that take many minutes, and only those")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes many minutes, runs with --slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--slow")
+    left_out = [item for item in items if (item.get_closest_marker("slow") is not None) != wanted]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,30 +37,41 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def rows(request: pytest.FixtureRequest) -> Iterator[list[dict[str, object]]]:
-    """Measured rows of one file of benchmarks; they go to results/<its name>_<device>.csv, also after a failure."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = f"{request.path.stem.removeprefix('test_')}_{device}"
-    measured: list[dict[str, object]] = []
+@pytest.fixture
+def rows(request: pytest.FixtureRequest) -> Iterator[list[results.Row]]:
+    """What a benchmark measures: it goes to results/<file>_<device>.csv after each, also where that fails."""
+    name = f"{request.path.stem.removeprefix('test_')}_{DEVICE}"
+    measured: list[results.Row] = []
     yield measured
     if measured:
+        measured += roofline_rows()
         results.write(name, measured)
-        request.config.stash.setdefault(TABLES, {})[name] = measured
+        request.config.stash.setdefault(TABLES, {}).setdefault(name, {}).update(
+            {results.key(row): row for row in measured}
+        )
 
 
-@pytest.fixture(scope="module")
-def absent(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
+def roofline_rows() -> list[results.Row]:
+    """The ceilings that this run has measured so far."""
+    rows = [
+        results.row("roofline", f"product in {str(dtype).removeprefix('torch.')}", "rate", "torch", [rate], "FLOP/s")
+        for dtype, rate in roofline.RATES.items()
+    ]
+    if rows:
+        rows.append(results.row("roofline", "copy or sum", "bandwidth", "torch", [roofline.bandwidth()], "B/s"))
+    return rows
+
+
+@pytest.fixture
+def absent(request: pytest.FixtureRequest) -> dict[str, str]:
     """Providers that did not run, with the reason; they are listed after the tables."""
-    reasons: dict[str, str] = {}
-    yield reasons
-    request.config.stash.setdefault(ABSENT, {}).update(reasons)
+    return request.config.stash.setdefault(ABSENT, {})
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for name, measured in config.stash.get(TABLES, {}).items():
-        terminalreporter.section(f"benchmarks/results/{name}.csv")
-        for line in results.table(measured):
+        terminalreporter.section(f"{name}.csv")
+        for line in results.table(measured.values()):
             terminalreporter.write_line(line)
     absent = config.stash.get(ABSENT, {})
     if absent:

@@ -1,105 +1,124 @@
-"""A small model in long contexts: its shape, its providers, and the memory of one of them in a process of its own.
-
-python -m benchmarks.long_context PROVIDER CONTEXT [STATE] prints the peak memory of generating, in bytes.
-"""
+"""A small model in long contexts: its shape, its providers, and the memory of one of them in a process of its own."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig
 
-from benchmarks import THREADS, peak_memory
+from benchmarks import providers
+from benchmarks.processes import held_memory, peak_memory
+from benchmarks.providers import register
+from benchmarks.sizes import DEVICE, size
 from hmt import HMTForCausalLM, HMTState
 from hmt.backbone import apply_head, embed, run_layers
 
-NAME = "6 layers of width 256, L = 256, k = 32, N = 300, B = 1, float32"
-SEGMENT_LENGTH = 256
-VOCAB_SIZE = 4096
-HMT, BACKBONE = "hmt", "backbone alone, its keys cached"
-CONTEXTS = (1_000, 10_000, 100_000)
+SEGMENT_LENGTH = size(256, tiny=16)
+HMT, BACKBONE = providers.OURS["long context"], "backbone alone, its keys cached"
+CONTEXTS = size((1_000, 10_000, 100_000), tiny=(40, 80))
 # one segment, so that closing it is counted once
-TOKENS = {HMT: SEGMENT_LENGTH, BACKBONE: 8}
+TOKENS = {HMT: SEGMENT_LENGTH, BACKBONE: 4}
+CONFIG = LlamaConfig(
+    vocab_size=4096,
+    hidden_size=size(256, tiny=32),
+    intermediate_size=size(768, tiny=64),
+    num_hidden_layers=size(6, tiny=2),
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=2 * CONTEXTS[-1],
+    tie_word_embeddings=True,
+)
+
+
+class Generation(NamedTuple):
+    run: Callable[[], None]  # continues the context by TOKENS[provider] greedy tokens
+    kept: int  # bytes kept of the context
 
 
 def build() -> HMTForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=2 * CONTEXTS[-1],
-        tie_word_embeddings=True,
-    )
-    backbone = AutoModelForCausalLM.from_config(config).eval()
-    return HMTForCausalLM.from_backbone(backbone, segment_length=SEGMENT_LENGTH, num_sensory=32, queue_size=300)
+    backbone = AutoModelForCausalLM.from_config(CONFIG).eval()
+    settings = {"segment_length": SEGMENT_LENGTH, "num_sensory": size(32, tiny=4), "queue_size": 300}
+    return HMTForCausalLM.from_backbone(backbone, **settings).to(DEVICE)
 
 
 def text(tokens: int) -> Tensor:
-    return torch.randint(VOCAB_SIZE, (1, tokens), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(CONFIG.vocab_size, (1, tokens), generator=generator).to(DEVICE)
+
+
+def context_length(context: int) -> int:
+    """The text that stands for a context: its open segment is as long as any other's, so that only the past differs."""
+    return context // SEGMENT_LENGTH * SEGMENT_LENGTH + 8
 
 
 @torch.no_grad()
 def filled_cache(model: HMTForCausalLM, context: int) -> DynamicCache:
     """A cache of the backbone with that many random keys and values; what they are changes neither time nor memory."""
     cache = DynamicCache(config=model.backbone.config)
-    for layer in range(6):
-        cache.update(torch.randn(1, 4, context, 64), torch.randn(1, 4, context, 64), layer)
+    shape = (1, CONFIG.num_key_value_heads, context, CONFIG.hidden_size // CONFIG.num_attention_heads)
+    for layer in range(CONFIG.num_hidden_layers):
+        cache.update(torch.randn(shape, device=DEVICE), torch.randn(shape, device=DEVICE), layer)
     return cache
 
 
-def generator(model: HMTForCausalLM, provider: str, context: int, state: HMTState | None) -> Callable[[], None]:
-    """A call that continues a context by TOKENS[provider] greedy tokens."""
+def nbytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+
+def cache_tensors(cache: Cache | None) -> list[Tensor]:
+    if cache is None:
+        return []
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _hmt(model: HMTForCausalLM, context: int, state: HMTState) -> Generation:
     @torch.no_grad()
-    def hmt() -> None:
+    def run() -> None:
         token, current = text(1), state
         for _ in range(TOKENS[HMT]):
             out = model(token, state=current, use_cache=True, logits_to_keep=1)
             token, current = out.logits[:, -1:].argmax(-1), out.state
 
-    cache = filled_cache(model, context) if provider == BACKBONE else None
+    with torch.no_grad():  # the cache of the open segment comes with the first token
+        state_in_use = model(text(1), state=state, use_cache=True, logits_to_keep=1).state
+    ids = [state.recent.ids, state.open.ids]
+    return Generation(run, nbytes([state._queue(), *ids, *cache_tensors(state_in_use.cache)]))
+
+
+def _backbone(model: HMTForCausalLM, context: int, state: HMTState) -> Generation:
+    cache = filled_cache(model, context)
+    kept = nbytes(cache_tensors(cache))
 
     @torch.no_grad()
-    def backbone() -> None:
+    def run() -> None:
         token = text(1)
         for _ in range(TOKENS[BACKBONE]):
             hidden = run_layers(model.backbone, embed(model.backbone, token), cache=cache).last_hidden_state
             token = apply_head(model.backbone, hidden).argmax(-1)
 
-    return hmt if provider == HMT else backbone
+    return Generation(run, kept)
 
 
-def peak_in_new_process(provider: str, context: int, state: Path | None = None) -> int:
+register("long context", HMT, _hmt)
+register("long context", BACKBONE, _backbone)
+
+
+def peak_of(provider: str, context: int, state: Path) -> int:
     """Peak memory in bytes of a process that loads the model, takes the context over and generates."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.long_context",
-        provider,
-        str(context),
-        *([str(state)] if state else []),
-    ]
-    result = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
-    return int(result.stdout.split()[-1])
+    held_memory()
+    model = build()
+    generation = providers.get("long context", provider).make(model, context, HMTState.load(state, DEVICE))
+    generation.run()
+    return peak_memory()
 
 
-def main(provider: str, context: str, state: str | None = None) -> None:
-    torch.set_num_threads(THREADS)
-    call = generator(build(), provider, int(context), HMTState.load(state) if state else None)
-    call()
-    print(peak_memory.status("VmHWM"))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def generations(model: HMTForCausalLM, provider: str, states: dict[int, HMTState]) -> dict[int, Generation]:
+    make = partial(providers.get("long context", provider).make, model)
+    return {context: make(context, state) for context, state in states.items()}

@@ -1,38 +1,81 @@
-"""Who reads and scores a text in the benchmarks of the model layer, registered in one place."""
+"""Who reads, scores and trains in the benchmarks of the model layer, each in a process of its own.
+
+All have the same weights. Those that ours is compared with run on transformers' default attention.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import peer, plain_loop
-from benchmarks.model_shape import SEGMENT_LENGTH, SEGMENTS, build
+from benchmarks import peer, plain_loop, providers
+from benchmarks.model_shape import SEGMENT_LENGTH, build, text
+from benchmarks.processes import held_memory, own_process, peak_memory
+from benchmarks.providers import register
+from benchmarks.sizes import DEVICE
 from hmt import HMTForCausalLM
+from hmt.static_step import static_reader
 
-OURS = "hmt"
-WORKLOADS = ("read", "score")  # without gradients; every provider can also "train"
-Runner = Callable[[Tensor], dict[str, Tensor]]
-
-
-def unavailable(provider: str) -> str | None:
-    """Why a provider cannot run here (None: it can)."""
-    return peer.missing() if provider == "HMT-pytorch" else None
-
-
-def runners(provider: str, **settings: Any) -> dict[str, Runner]:
-    """Per workload a function of token ids [1, T]; it returns "memories" [1, S, d] and, for "score", the "loss".
-
-    "train" returns the loss and the direction of the gradient of the first memory p_0, which every segment depends on.
-    All providers have the same weights. Those that we are compared with run on transformers' default attention; only
-    our own model takes `settings`.
-    """
-    return _REGISTERED[provider](**settings)
+OURS = providers.OURS["model"]
+BFLOAT16, GRAPHS = f"{OURS}, bfloat16", f"{OURS}, CUDA graphs"
+PLAIN, DROPPED, PEER = "plain loop", "plain loop, outputs dropped", "HMT-pytorch"
+READ_ONLY = (BFLOAT16, GRAPHS, DROPPED)
+# as slow as the plain loop: of interest for its memory
+MEMORY_ONLY = (DROPPED,)
+# Per workload a function of token ids [1, T]. It returns "memories" [1, S, d] and, for "score", the "loss"; "train" the
+# loss and the direction of the gradient of the first memory p_0, which every segment depends on.
+Runners = dict[str, Callable[[Tensor], dict[str, Tensor]]]
 
 
-def _training(model: nn.Module, memory: nn.Parameter, loss_of: Callable[[Tensor], Tensor]) -> Runner:
+class Measured(NamedTuple):
+    seconds: float
+    peak: int  # bytes
+    extra_peak: int  # above what the process held before
+    result: dict[str, Any]  # arrays of NumPy: tensors would travel as open files
+
+
+Run = Callable[[str, int], Measured]
+
+
+@contextlib.contextmanager
+def started(
+    name: str, environment: Mapping[str, str] | None = None, length: int = SEGMENT_LENGTH, **settings: Any
+) -> Iterator[Run]:
+    """Yields run(workload, segments) of a provider in a process of its own, run once on a short text."""
+    with own_process(environment) as call:
+        call(_build, name, length, settings)
+        yield lambda workload, segments: call(_measure, workload, segments)
+
+
+_runners: Runners = {}
+_length = SEGMENT_LENGTH
+
+
+def _build(name: str, length: int, settings: dict[str, Any]) -> None:
+    global _runners, _length
+    _length = length
+    _runners = providers.get("model", name).make(segment_length=length, **settings)
+    with torch.no_grad():
+        _runners["read"](text(1, length)[:, :64])
+
+
+@torch.no_grad()
+def _measure(workload: str, segments: int) -> Measured:
+    ids = text(segments, _length)
+    before = held_memory()
+    start = time.perf_counter()
+    result = _runners[workload](ids)
+    numbers = {key: value.float().cpu().numpy() for key, value in result.items()}  # waits for the device
+    seconds, peak = time.perf_counter() - start, peak_memory()
+    return Measured(seconds, peak, peak - before, numbers)
+
+
+def _training(model: nn.Module, memory: nn.Parameter, loss_of: Callable[[Tensor], Tensor]) -> Any:
     """Loss and gradients of all parameters, as one step of training makes them."""
 
     @torch.enable_grad()
@@ -46,11 +89,8 @@ def _training(model: nn.Module, memory: nn.Parameter, loss_of: Callable[[Tensor]
     return train
 
 
-def _ours(**settings: Any) -> dict[str, Runner]:
-    dtype = settings.pop("dtype", None)
+def _ours(**settings: Any) -> Runners:
     model = build(**settings)
-    if dtype:
-        model = model.to(getattr(torch, dtype))
 
     def score(ids: Tensor) -> dict[str, Tensor]:
         out = model(ids, labels=ids)
@@ -60,8 +100,13 @@ def _ours(**settings: Any) -> dict[str, Runner]:
     return {"read": lambda ids: {"memories": model.read(ids).memories()}, "score": score, "train": train}
 
 
-def _plain_loop(read: Callable[[HMTForCausalLM, Tensor], Tensor]) -> dict[str, Runner]:
-    model = build(attn_implementation="sdpa")
+def _graphs(**settings: Any) -> Runners:
+    read = static_reader(build(**settings))
+    return {"read": lambda ids: {"memories": read(ids, None).memories()}}
+
+
+def _plain_loop(read: Callable[[HMTForCausalLM, Tensor], Tensor], **settings: Any) -> Runners:
+    model = build(attn_implementation="sdpa", **settings)
 
     def score(ids: Tensor) -> dict[str, Tensor]:
         loss, memories = plain_loop.score(model, ids)
@@ -71,20 +116,29 @@ def _plain_loop(read: Callable[[HMTForCausalLM, Tensor], Tensor]) -> dict[str, R
     return {"read": lambda ids: {"memories": read(model, ids)}, "score": score, "train": train}
 
 
-def _hmt_pytorch() -> dict[str, Runner]:
-    wrapper = peer.build(build(attn_implementation="sdpa"), max_segments=SEGMENTS)
+def _hmt_pytorch(**settings: Any) -> Runners:
+    model = build(attn_implementation="sdpa", **settings)
+    length = model.config.segment_length
+    wrapper = peer.build(model, max_segments=64)
 
     def score(ids: Tensor) -> dict[str, Tensor]:
-        loss, memories = peer.score(wrapper, ids, SEGMENT_LENGTH)
+        loss, memories = peer.score(wrapper, ids, length)
         return {"loss": loss, "memories": memories}
 
-    train = _training(wrapper, wrapper.memory_cell.memory, lambda ids: peer.score(wrapper, ids, SEGMENT_LENGTH)[0])
-    return {"read": lambda ids: {"memories": peer.read(wrapper, ids, SEGMENT_LENGTH)}, "score": score, "train": train}
+    train = _training(wrapper, wrapper.memory_cell.memory, lambda ids: peer.score(wrapper, ids, length)[0])
+    return {"read": lambda ids: {"memories": peer.read(wrapper, ids, length)}, "score": score, "train": train}
 
 
-_REGISTERED: dict[str, Callable[..., dict[str, Runner]]] = {
-    OURS: _ours,
-    "plain loop": lambda: _plain_loop(plain_loop.read),
-    "plain loop, outputs dropped": lambda: _plain_loop(plain_loop.read_dropping_outputs),
-    "HMT-pytorch": _hmt_pytorch,
-}
+def _slow_bfloat16() -> str | None:
+    if DEVICE == "cuda":
+        return "on a GPU all run in bfloat16"
+    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return None if has else "this processor has no instructions for bfloat16"
+
+
+register("model", OURS, _ours)
+register("model", BFLOAT16, lambda **settings: _ours(dtype=torch.bfloat16, **settings), _slow_bfloat16)
+register("model", GRAPHS, _graphs, lambda: None if DEVICE == "cuda" else "PyTorch sees no CUDA device")
+register("model", PLAIN, lambda **settings: _plain_loop(plain_loop.read, **settings))
+register("model", DROPPED, lambda **settings: _plain_loop(plain_loop.read_dropping_outputs, **settings), peer.missing)
+register("model", PEER, _hmt_pytorch, peer.missing)

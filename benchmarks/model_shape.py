@@ -8,32 +8,42 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.sizes import DEVICE, size
 from hmt import HMTForCausalLM
 
-NAME = "SmolLM-135M shape, L = 512, k = 32, N = 300, 8 segments, B = 1, float32"
-SEGMENTS = 8
-SEGMENT_LENGTH = 512
-VOCAB_SIZE = 49152
-SETTINGS = {"segment_length": SEGMENT_LENGTH, "num_sensory": 32, "queue_size": 300, "recall_dim": 576}
+SEGMENTS = size(4, tiny=2)
+SEGMENT_LENGTH = size(512, tiny=16)
+NUM_SENSORY = size(32, tiny=4)
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+CONFIG = LlamaConfig(
+    vocab_size=size(49152, tiny=128),
+    hidden_size=size(576, tiny=64),
+    intermediate_size=size(1536, tiny=96),
+    num_hidden_layers=size(30, tiny=2),
+    num_attention_heads=size(9, tiny=4),
+    num_key_value_heads=size(3, tiny=2),
+    max_position_embeddings=2048,
+    tie_word_embeddings=True,
+)
+SETTINGS = {"segment_length": SEGMENT_LENGTH, "num_sensory": NUM_SENSORY, "queue_size": 300}
 
 
-def build(**settings: Any) -> HMTForCausalLM:
+def build(dtype: torch.dtype = DTYPE, **settings: Any) -> HMTForCausalLM:
     """30 layers of width 576 with 9 heads over 3, vocabulary 49,152, tied embeddings; always the same weights."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
-    backbone = AutoModelForCausalLM.from_config(config).eval()
-    return HMTForCausalLM.from_backbone(backbone, **{**SETTINGS, **settings})
+    backbone = AutoModelForCausalLM.from_config(CONFIG).eval()
+    model = HMTForCausalLM.from_backbone(backbone, **{"recall_dim": CONFIG.hidden_size, **SETTINGS, **settings})
+    return model.to(device=DEVICE, dtype=dtype)
+
+
+def weight_bytes() -> int:
+    """Of the backbone of `build`."""
+    with torch.device("meta"):
+        backbone = AutoModelForCausalLM.from_config(CONFIG)
+    return sum(p.numel() for p in backbone.parameters()) * DTYPE.itemsize
 
 
 def text(segments: int = SEGMENTS, segment_length: int = SEGMENT_LENGTH) -> Tensor:
     """Token ids [1, segments * L]."""
-    return torch.randint(VOCAB_SIZE, (1, segments * segment_length), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(CONFIG.vocab_size, (1, segments * segment_length), generator=generator).to(DEVICE)

@@ -91,7 +91,7 @@ def build(model: HMTForCausalLM, max_segments: int) -> Any:
         wrapper.mem.copy_(model.summary_prompt)
         wrapper.cross_attn.wq.weight.copy_(model.recall.wq.weight)  # bfloat16 in HMT-pytorch, whatever the model is
         wrapper.cross_attn.wk.weight.copy_(model.recall.wk.weight)
-    return wrapper.eval()
+    return wrapper.eval().to(model.memory.device)
 
 
 @contextlib.contextmanager

@@ -56,6 +56,7 @@ def score(model: HMTForCausalLM, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross entropy of ids [B, T] from the logits of the whole text at once, and the memories."""
     logits, hidden_states, memories = zip(*segments(model, ids), strict=True)
     whole = torch.cat(logits, dim=1)
+    ids = ids.to(whole.device)
     layers = tuple(torch.cat(layer, dim=1) for layer in zip(*hidden_states, strict=True))
     loss = torch.nn.functional.cross_entropy(whole[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     whole[:, :-1].argmax(dim=-1)  # its metrics need the predictions

@@ -7,15 +7,20 @@ absorbed query Wk^T Wq q. What is timed is what each segment adds.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hmt_kernels import memory_recall
+from benchmarks import providers
+from benchmarks.providers import NotHere, register
+from benchmarks.sizes import DEVICE
+from hmt_kernels import dispatch, memory_recall
+from hmt_kernels.memory_recall.api import decide
 
-OURS = "hmt_kernels"
+OURS = providers.OURS["recall"]
 PEER = "HMT-pytorch's formulation"
 Recall = Callable[[], Tensor]
 
@@ -66,25 +71,37 @@ def _absorbed_mm(x: Inputs) -> Tensor:
     return ((x.absorbed[0] @ memory.mT * x.softmax_scale).softmax(dim=-1) @ memory)[None]
 
 
-def _ours(x: Inputs) -> Tensor:
-    return memory_recall(x.absorbed, x.memory, softmax_scale=x.softmax_scale).recalled
+def _ours(impl: str | None, x: Inputs) -> Recall:
+    decided = partial(decide, x.absorbed, x.memory, softmax_scale=x.softmax_scale)
+    if impl is not None and impl == decided().name:
+        raise NotHere("it is the default for these inputs")
+    if decided(impl=impl).name is None:
+        raise NotHere(decided(impl=impl).why)
+    return lambda: memory_recall(x.absorbed, x.memory, softmax_scale=x.softmax_scale, impl=impl).recalled
 
 
-_REGISTERED: dict[str, Callable[[Inputs], Tensor]] = {
-    OURS: _ours,
-    PEER: _hmt_pytorch,
-    "cached keys, SDPA": _cached_keys,
-    "absorbed, matmul": _absorbed_matmul,
-    "absorbed, mm": _absorbed_mm,
-    "absorbed, matmul, torch.compile": _absorbed_matmul,
-    "absorbed, mm, torch.compile": _absorbed_mm,
-}
+def _plain(function: Callable[[Inputs], Tensor], x: Inputs) -> Recall:
+    return lambda: function(x)
 
 
-def recalls(inputs: Inputs) -> dict[str, Recall]:
-    """Per provider a function without arguments that recalls once, returning [1, 1, D]."""
-    result: dict[str, Recall] = {}
-    for name, function in _REGISTERED.items():
-        run = torch.compile(function, dynamic=False) if name.endswith("torch.compile") else function
-        result[name] = lambda run=run: run(inputs)  # type: ignore[misc]
-    return result
+def _compiled(function: Callable[[Inputs], Tensor], x: Inputs) -> Recall:
+    """For the exact shape."""
+    if function is _absorbed_mm and x.memory.dtype == torch.float32:
+        raise NotHere("in bfloat16 only, where batched products of one row are slow")
+    return partial(torch.compile(function, dynamic=False), x)
+
+
+def _missing_impl(impl: str) -> str | None:
+    if impl == "triton" and DEVICE == "cpu":
+        return "it would be interpreted on the CPU"
+    return dispatch.missing("memory_recall", impl)
+
+
+register("recall", OURS, partial(_ours, None))
+for impl in dispatch.KNOWN["memory_recall"]:
+    register("recall", f"{OURS}, {impl}", partial(_ours, impl), partial(_missing_impl, impl))
+register("recall", PEER, partial(_plain, _hmt_pytorch))
+register("recall", "cached keys, SDPA", partial(_plain, _cached_keys))
+for name, function in (("absorbed, matmul", _absorbed_matmul), ("absorbed, mm", _absorbed_mm)):
+    register("recall", name, partial(_plain, function))
+    register("recall", f"{name}, torch.compile", partial(_compiled, function))

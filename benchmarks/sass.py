@@ -20,6 +20,7 @@ class Code(NamedTuple):
     wide_loads: int  # of 16 bytes or in bulk, in the streaming loops
     narrow_loads: int
     tensor_core: int  # instructions of the tensor cores
+    loop_length: int  # instructions of the longest innermost loop that streams; of the whole kernel where there is none
 
 
 _FUNCTION = re.compile(r"^\s*Function : (\S+)", re.M)
@@ -37,7 +38,8 @@ def parse(dump: str) -> list[Code]:
         spills = sum(i.opcode.split(".")[0] in ("STL", "LDL") for i in instructions)
         wide, narrow = streaming_loads(instructions)
         tensor_core = sum(i.opcode.split(".")[0] in ("HMMA", "HGMMA") for i in instructions)
-        codes.append(Code(name, *resources[name], spills, wide, narrow, tensor_core))
+        longest = loop_instructions(instructions)
+        codes.append(Code(name, *resources[name], spills, wide, narrow, tensor_core, longest))
     return codes
 
 
@@ -46,8 +48,7 @@ def streaming_loads(instructions: list[Instruction]) -> tuple[int, int]:
 
     The first atomic counts the blocks that are done; what follows it reads partial results, not the inputs.
     """
-    atomics = [i.address for i in instructions if i.opcode.startswith(("ATOMG", "RED"))]
-    first_atomic = min(atomics, default=instructions[-1].address + 1)
+    first_atomic = _first_atomic(instructions)
     streaming = [(start, end) for start, end in loops(instructions) if end < first_atomic]
     streaming = streaming or [(0, first_atomic - 1)]
     wide = narrow = 0
@@ -57,6 +58,21 @@ def streaming_loads(instructions: list[Instruction]) -> tuple[int, int]:
             wide += width >= 16
             narrow += width < 16
     return wide, narrow
+
+
+def _first_atomic(instructions: list[Instruction]) -> int:
+    atomics = [i.address for i in instructions if i.opcode.startswith(("ATOMG", "RED"))]
+    return min(atomics, default=instructions[-1].address + 1)
+
+
+def loop_instructions(instructions: list[Instruction]) -> int:
+    """Instructions of one turn of the loop that does the work: the longest that loads and holds no other loop."""
+    first_atomic = _first_atomic(instructions)
+    found = [(start, end) for start, end in loops(instructions) if end < first_atomic]
+    innermost = [a for a in found if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in found)]
+    bodies = [[i for i in instructions if start <= i.address <= end] for start, end in innermost]
+    sizes = [len(body) for body in bodies if any(load_width(i.opcode) for i in body)]
+    return max(sizes, default=sum(i.address < first_atomic for i in instructions))
 
 
 def loops(instructions: list[Instruction]) -> list[tuple[int, int]]:

@@ -9,6 +9,8 @@ import torch
 
 SECONDS_PER_TURN = 0.02
 MAX_CALLS = 1000
+# a provider that has taken so long in all is left out of further rounds
+MOST_SECONDS = 2.0
 
 
 def as_graph(call: Callable[[], object]) -> Callable[[], object]:
@@ -45,14 +47,16 @@ def calls_per_turn(call: Callable[[], object], seconds: float = SECONDS_PER_TURN
 
 
 class Turns:
-    """Seconds per call of every provider, a list entry per round."""
+    """Seconds per call of every provider, a list entry per round; a slow one has fewer, all of the first rounds."""
 
     def __init__(self, providers: Mapping[str, Callable[[], object]], seconds_per_turn: float = SECONDS_PER_TURN):
         self._calls = {name: (call, calls_per_turn(call, seconds_per_turn)) for name, call in providers.items()}
         self.seconds: dict[str, list[float]] = {name: [] for name in providers}
 
     def take(self, name: str) -> None:
-        self.seconds[name].append(turn(*self._calls[name]))
+        taken, calls = self.seconds[name], self._calls[name][1]
+        if sum(taken) * calls < MOST_SECONDS:
+            taken.append(turn(*self._calls[name]))
 
     def take_all_but(self, name: str) -> None:
         for other in self._calls:

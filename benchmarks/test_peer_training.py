@@ -9,11 +9,11 @@ from tiny_model import save_tiny_model
 
 from benchmarks import peer, peer_training
 from benchmarks.peer_training import OURS, STEPS, THEIRS
+from benchmarks.results import Row, row
 
 NOVEL = Path(__file__).parent.parent / "examples" / "data" / "persuasion.txt"
 LINES = 300  # of each part
 TOLERANCE = 1e-4
-Rows = list[dict[str, object]]
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +31,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(peer.missing() is not None, reason=str(peer.missing()))
-def test_script_trains_with_the_classes_of_compat(folder: Path, rows: Rows) -> None:
+def test_script_trains_with_the_classes_of_compat(folder: Path, rows: list[Row]) -> None:
     theirs, ours = (peer_training.run(folder, classes) for classes in (THEIRS, OURS))
     assert theirs.keys() == ours.keys() >= {"train loss", "train ppl", "eval loss"}
     for name in ("eval loss", "train loss"):
         pairs = list(zip(theirs[name], ours[name], strict=True))
         for step, (a, b) in enumerate(pairs):
-            row = {"benchmark": "peer_training", "workload": f"step {step}", "metric": name, "goal": TOLERANCE}
-            rows.append(
-                {**row, THEIRS: f"{a:.7f}", OURS: f"{b:.7f}", "value": f"{abs(a - b):.1e}", "unit": "nats apart"}
-            )
+            rows += [
+                row("peer training", f"step {step}", name, who, [x], "nats") for who, x in ((THEIRS, a), (OURS, b))
+            ]
+            apart, goal = f"{name}, difference", f"<= {TOLERANCE:g}"
+            rows.append(row("peer training", f"step {step}", apart, OURS, [abs(a - b)], "nats", goal=goal))
         assert max(abs(a - b) for a, b in pairs) <= TOLERANCE
     assert len(ours["train loss"]) == STEPS
     assert sum(ours["train loss"][-5:]) < sum(ours["train loss"][:5])  # it does train

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import sass
+from benchmarks.sass import Code
 
 ROOT = Path(__file__).parents[2]
 
@@ -244,10 +245,10 @@ DUMP = """
 def test_machine_code_is_read():
     first, second, third = sass.parse(DUMP)
     # Neither the load before the loop counts nor those of the loop behind the atomic.
-    assert first == sass.Code("first_kernel", 40, 1024, spills=0, wide_loads=2, narrow_loads=0, tensor_core=2)
-    assert second == sass.Code("second_kernel", 255, 0, spills=2, wide_loads=0, narrow_loads=2, tensor_core=0)
+    assert first == Code("first_kernel", 40, 1024, spills=0, wide_loads=2, narrow_loads=0, tensor_core=2, loop_length=5)
+    assert second == Code("second_kernel", 255, 0, spills=2, wide_loads=0, narrow_loads=2, tensor_core=0, loop_length=4)
     # All loads count where there is no loop.
-    assert third == sass.Code("third_kernel", 16, 0, spills=0, wide_loads=1, narrow_loads=1, tensor_core=0)
+    assert third == Code("third_kernel", 16, 0, spills=0, wide_loads=1, narrow_loads=1, tensor_core=0, loop_length=4)
 
 
 @pytest.mark.parametrize(

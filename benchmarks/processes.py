@@ -1,0 +1,63 @@
+"""Processes of their own for what is measured: peak memory is a process's, and a heap keeps what ran before."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.sizes import DEVICE, THREADS
+
+PROCESS = Path("/proc/self")
+
+
+@contextlib.contextmanager
+def own_process(environment: Mapping[str, str] | None = None) -> Iterator[Callable[..., Any]]:
+    """Yields call(function, *args): runs it in one fresh interpreter, which lives as long as the context."""
+    spawn = multiprocessing.get_context("spawn")
+    with mock.patch.dict(os.environ, environment or {}), ProcessPoolExecutor(1, spawn) as pool:
+        pool.submit(torch.set_num_threads, THREADS).result()
+        yield lambda function, *args: pool.submit(function, *args).result()
+
+
+def peak_unavailable() -> str | None:
+    """Why peak memory cannot be measured here (None: it can)."""
+    if DEVICE == "cuda" or (PROCESS / "clear_refs").exists():
+        return None
+    return "peak memory is read from Linux's /proc/self"
+
+
+def status(field: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    line = next(x for x in (PROCESS / "status").read_text().splitlines() if x.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def held_memory() -> int:
+    """Bytes that this process holds now; its peak is counted from here. On CUDA, bytes of tensors on the device."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    if peak_unavailable():
+        return 0
+    # the heap keeps what was freed; counted as held, it would hide that much of the peak
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+    (PROCESS / "clear_refs").write_text("5")  # restarts VmHWM, the high-water mark
+    return status("VmRSS")
+
+
+def peak_memory() -> int:
+    """The most that this process has held since the last `held_memory`, in bytes."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 0 if peak_unavailable() else status("VmHWM")
