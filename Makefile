@@ -1,5 +1,6 @@
-# make demo | test | check | audit | bench: each sets itself up on a fresh machine; a second call starts at once.
-# make bench-slow: what takes longer; make bench-peer HMT_PYTORCH=FOLDER: also against a checkout of HMT-pytorch.
+# make demo | test | check | audit | bench | fuzz | coverage: each sets itself up on a fresh machine; a second call
+# starts at once. make bench-slow takes longer; make bench-peer HMT_PYTORCH=FOLDER measures a checkout of HMT-pytorch too;
+# make compat tests the wheel with the oldest torch it promises, and downloads gigabytes for that.
 
 PYTHON ?= python3
 # The CPU build is enough for tests and demo. With a GPU, any torch >= 2.11 works: make test TORCH=torch
@@ -9,7 +10,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE_SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo test check audit bench bench-peer bench-slow clean
+.PHONY: demo test check audit bench bench-peer bench-slow fuzz coverage compat clean
+
+CASES ?= 10000
+COMPAT_TORCH ?= torch==2.11.0
+COMPAT_KERNEL_TESTS := memory_recall memory_recall_registration memory_recall_step segment_attention \
+  segment_attention_registration triton_recall
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
@@ -35,6 +41,27 @@ bench-peer: $(VENV)/installed
 
 bench-slow: $(VENV)/installed
 	env -u HMT_PYTORCH $(BIN)/python -m benchmarks.run --slow
+
+# New cases at every call: CASES of each operator, over all implementations that run on a CPU.
+fuzz: $(VENV)/installed
+	HMT_FUZZ_CASES=$(CASES) $(BIN)/python -m pytest --numprocesses=2 --durations=20 --hypothesis-show-statistics \
+	  tests/kernels/test_memory_recall_properties.py tests/kernels/test_segment_attention_properties.py $(PYTEST_ARGS)
+
+# Kernels that Triton interprets count as they run; what only a GPU reaches is listed with the rest as not covered.
+coverage: $(VENV)/installed
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --cov=hmt --cov=hmt_kernels --cov-report=term-missing:skip-covered \
+	  --cov-fail-under=90 $(PYTEST_ARGS)
+
+# A wheel of this tree with the oldest torch, in an environment of its own; tests/packaging builds for the newest.
+compat: $(VENV)/compat/installed
+	cd $(VENV)/compat && bin/python -m pytest -p no:cacheprovider -q $(CURDIR)/tests/hmt \
+	  $(addprefix $(CURDIR)/tests/kernels/test_,$(addsuffix .py,$(COMPAT_KERNEL_TESTS))) $(PYTEST_ARGS)
+
+$(VENV)/compat/installed: pyproject.toml setup.py $(NATIVE_SOURCES)
+	$(PYTHON) -m venv $(VENV)/compat
+	$(VENV)/compat/bin/python -m pip install --quiet '$(COMPAT_TORCH)'
+	$(VENV)/compat/bin/python -m pip install --quiet '.[test]' '$(COMPAT_TORCH)'
+	touch $@
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info hmt_kernels/*.so

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -119,18 +120,22 @@ class HMTConfig(PreTrainedConfig):
             raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
         if self.summary_source not in SUMMARY_SOURCES:
             raise ValueError(f"summary_source must be one of {SUMMARY_SOURCES}, got {self.summary_source!r}")
-        for name, low in (("segment_length", 1), ("num_sensory", 0), ("queue_size", 1), ("summary_batch_size", 1)):
-            value = getattr(self, name)
+        for name in ("segment_length", "num_sensory", "queue_size", "summary_batch_size", "loss_chunk_size"):
+            value, low = getattr(self, name), 0 if name == "num_sensory" else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
-        if not isinstance(self.loss_chunk_size, int) or self.loss_chunk_size < 1:
-            raise ValueError(f"loss_chunk_size must be an integer >= 1, got {self.loss_chunk_size!r}")
         if self.fused_rotary is not None and not isinstance(self.fused_rotary, bool):
             raise ValueError(f"fused_rotary must be True, False or None, got {self.fused_rotary!r}")
         if self.num_sensory > self.segment_length:
             raise ValueError(
                 f"num_sensory must not exceed segment_length ({self.segment_length}), got {self.num_sensory}"
             )
+        for name in ("summary_fraction", "recall_softmax_scale"):
+            value = getattr(self, name)
+            if value is None and name == "recall_softmax_scale":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
         if not 0.0 < self.summary_fraction <= 1.0 or self.summary_length < 1:
             raise ValueError(
                 f"summary_fraction must lie in (0, 1] and select at least one of the {self.segment_length} tokens "

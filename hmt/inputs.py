@@ -27,12 +27,20 @@ def check_inputs(
     """Raise a ValueError or TypeError that names the first argument that cannot be used, and what it should be."""
     if not isinstance(input_ids, Tensor):
         raise TypeError(f"input_ids must be an integer tensor [B, T], got {type(input_ids).__name__}")
-    if input_ids.dim() != 2 or input_ids.is_floating_point():
+    if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids must be an integer tensor [B, T], got {input_ids.dtype} {tuple(input_ids.shape)}")
     if input_ids.shape[1] == 0:
         raise ValueError("input_ids must hold at least one token, got none")
     for name, value in (("attention_mask", attention_mask), ("labels", labels), ("shift_labels", shift_labels)):
-        if value is not None and value.shape != input_ids.shape:
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor [B, T], got {type(value).__name__}")
+        if name != "attention_mask" and value.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, got {value.dtype}")
+        if name == "attention_mask" and value.device != input_ids.device:
+            raise ValueError(f"{name} must be on the device {input_ids.device} of input_ids, got {value.device}")
+        if value.shape != input_ids.shape:
             raise ValueError(
                 f"{name} must have the shape {tuple(input_ids.shape)} of input_ids, got {tuple(value.shape)}"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -94,6 +95,8 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
         """
         if hasattr(backbone, "get_base_model"):
             raise TypeError("backbone must be the plain model, got a PEFT model: wrap it with HMT first, PEFT second")
+        if unknown := settings.keys() - {field.name for field in dataclasses.fields(HMTConfig)}:
+            raise TypeError(f"settings must be fields of HMTConfig, got {', '.join(sorted(unknown))}")
         check_backbone(backbone)
         for module in backbone.modules():
             module._is_hf_initialized = True

@@ -101,7 +101,7 @@ def _check(model: HMTForCausalLM, states: Sequence[HMTState], tokens: Sequence[T
             )
         if state.batch_size != 1:
             raise ValueError(f"states must have one row each, got {state.batch_size} at {number}: see HMTState.split")
-        if ids.dim() != 1 or ids.is_floating_point() or not len(ids):
+        if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32) or not len(ids):
             raise ValueError(
                 f"tokens must be integer tensors [t], t >= 1, got {ids.dtype} {list(ids.shape)} at {number}"
             )

@@ -6,13 +6,20 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = ("csrc", "hmt", "hmt_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
+
+
+class Built(NamedTuple):
+    wheel: Path
+    isolated: bool
 
 
 def run(*command: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
@@ -36,16 +43,60 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel for CPUs only, built from scratch and unpacked."""
+def built(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """A wheel for CPUs only, built from scratch; isolated, if pip can get what the build requires."""
     target = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-v", "-w", target, "."]
-    result = run(*command, cwd=checkout, HMT_KERNELS_SKIP_CUDA="1")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-v", "-w", target, "."]
+    isolated = run(*command, "--retries=0", cwd=checkout, HMT_KERNELS_SKIP_CUDA="1")
+    offline = isolated.returncode != 0 and "No matching distribution found for" in isolated.stdout + isolated.stderr
+    result = run(*command, "--no-build-isolation", cwd=checkout, HMT_KERNELS_SKIP_CUDA="1") if offline else isolated
     assert result.returncode == 0, result.stdout + result.stderr
     assert "HMT_KERNELS_SKIP_CUDA is set: building the native module for CPUs only" in result.stdout + result.stderr
-    with zipfile.ZipFile(next(target.glob("*.whl"))) as archive:
-        archive.extractall(target / "unpacked")
-    return target / "unpacked"
+    return Built(next(target.glob("*.whl")), not offline)
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, unpacked."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(built.wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fresh(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a new environment that holds the wheel, and sees what it depends on, but no editable install."""
+    folder = tmp_path_factory.mktemp("fresh")
+    assert run(sys.executable, "-m", "venv", "--without-pip", folder).returncode == 0
+    packages = next((folder / "lib").glob("python*/site-packages"))
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", packages, built.wheel]
+    result = run(*install)
+    assert result.returncode == 0, result.stdout + result.stderr
+    # a path in a .pth file is searched, but the .pth files there, of an editable install, are not read
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin" / "python"
+
+
+def test_wheel_is_built_in_isolation(built: Built) -> None:
+    if not built.isolated:
+        pytest.skip("pip could not get setuptools, pybind11 and ninja: built with those that are installed")
+    assert built.wheel.name.startswith("hmt_kernels-")
+
+
+def test_fresh_environment_passes_tests(fresh: Path, tmp_path: Path) -> None:
+    """Tests of every layer, copied beside nothing of the tree, against the installed wheel."""
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\npythonpath = tests tests/hmt\naddopts = --import-mode=importlib -p no:cacheprovider\n"
+    )
+    where = run(fresh, "-c", "import hmt, hmt_kernels; print(hmt.__file__, hmt_kernels.__file__)", cwd=tmp_path)
+    assert where.stdout.count(str(fresh.parents[1])) == 2, where.stdout + where.stderr
+    files = ("kernels/test_memory_recall.py", "kernels/test_segment_attention_errors.py", "hmt/test_state.py")
+    result = run(fresh, "-m", "pytest", "-q", *(f"tests/{name}" for name in files), cwd=tmp_path)
+    assert result.returncode == 0, result.stdout[-5000:]
+    report = run(fresh, "-m", "hmt_kernels.info", cwd=tmp_path)
+    assert "  cpu         usable" in report.stdout, report.stdout + report.stderr
 
 
 def test_wheel_holds_the_packages_and_the_native_module(wheel: Path) -> None:
@@ -137,23 +188,29 @@ def test_a_compile_error_fails_the_build(checkout: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("absent", "expected"),
     [
-        ("triton", "memory_recall: cpu"),
-        ("hmt_kernels._C", "memory_recall: reference"),
+        (["triton"], "memory_recall: cpu"),
+        (["hmt_kernels._C"], "memory_recall: reference"),
+        (["triton", "hmt_kernels._C"], "memory_recall: reference"),
     ],
+    ids=["triton", "native-module", "both"],
 )
-def test_works_without(absent: str, expected: str, tmp_path: Path) -> None:
-    """Without triton or the native module everything else still works, and info says what is missing."""
+def test_works_without(absent: list[str], expected: str) -> None:
+    """Without triton or the native module all else works, a model too, and info says what is missing."""
     code = (
-        f"import sys; sys.modules[{absent!r}] = None; import torch, hmt, hmt_kernels, hmt_kernels.info; "
+        f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import torch, hmt, hmt_kernels.info; "
+        "from transformers import LlamaConfig, LlamaForCausalLM; "
         "q, m = torch.randn(2, 1, 64), torch.randn(2, 9, 64); "
-        "hmt_kernels.memory_recall(q, m, softmax_scale=1.0); "
-        "hmt_kernels.segment_attention(q[:, None], m[:, None], m[:, None]); "
-        "print(hmt_kernels.explain('memory_recall', q, m, softmax_scale=1.0)); hmt_kernels.info.main()"
+        "print(hmt_kernels.explain('memory_recall', q, m, softmax_scale=1.0)); hmt_kernels.info.main(); "
+        "config = LlamaConfig(vocab_size=50, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, "
+        "intermediate_size=64); "
+        "model = hmt.HMTForCausalLM.from_backbone(LlamaForCausalLM(config), segment_length=8, num_sensory=2); "
+        "ids = torch.arange(40)[None]; model(ids, labels=ids).loss.backward(); "
+        "print('memories', model.read(ids).num_valid, model.memory.grad.isfinite().all().item())"
     )
     result = run(sys.executable, "-c", code, cwd=ROOT)
     assert result.returncode == 0, result.stderr
-    assert expected in result.stdout
-    assert "not usable" in result.stdout
+    assert expected in result.stdout and "not usable" in result.stdout
+    assert "memories 5 True" in result.stdout
 
 
 def test_info_command() -> None:
