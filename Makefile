@@ -1,4 +1,5 @@
 # make demo | test | check | audit | bench: each sets itself up on a fresh machine; a second call starts at once.
+# make bench-slow: what takes longer; make bench-peer HMT_PYTORCH=FOLDER: also against a checkout of HMT-pytorch.
 
 PYTHON ?= python3
 # The CPU build is enough for tests and demo. With a GPU, any torch >= 2.11 works: make test TORCH=torch
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE_SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo test check audit bench clean
+.PHONY: demo test check audit bench bench-peer bench-slow clean
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
@@ -26,7 +27,14 @@ audit: $(VENV)/installed
 	$(BIN)/python -m benchmarks.audit
 
 bench: $(VENV)/installed
-	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+	env -u HMT_PYTORCH $(BIN)/python -m benchmarks.run $(BENCH_ARGS)
+
+bench-peer: $(VENV)/installed
+	@test -n '$(HMT_PYTORCH)' || { echo 'make bench-peer HMT_PYTORCH=FOLDER: a checkout of HMT-pytorch'; exit 2; }
+	HMT_PYTORCH='$(HMT_PYTORCH)' $(BIN)/python -m benchmarks.run --only model --only training
+
+bench-slow: $(VENV)/installed
+	env -u HMT_PYTORCH $(BIN)/python -m benchmarks.run --slow
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info hmt_kernels/*.so

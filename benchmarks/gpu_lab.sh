@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Builds, checks and times everything on a machine with a GPU, in under nine minutes and without network:
 #
-#     bash benchmarks/gpu_lab.sh OUT [--only PART]...
+#     bash benchmarks/gpu_lab.sh OUT [--only build,tests,sanitizer,bench,audit,ncu,plot] [--again]
 #
-# OUT gets summary.md (one page), lab.csv (a row per part), log.txt and the benchmarks' CSV files. A part that fails is
-# reported and does not stop the others; the exit status is 1 if any failed. Without a GPU the CUDA parts are absent.
+# OUT gets summary.md (one page), lab.csv (a row per part), a log per part, the benchmarks' CSV files and figures, all as
+# they come. A part that fails is reported and does not stop the others; the exit status is 1 if any failed. A second
+# call goes on where the first was cut off, test by test. Without a GPU the CUDA parts are absent.
 set -euo pipefail
 export PYTHON="${PYTHON:-python3}"
-[[ $# -ge 1 ]] || { sed -n '2,7p' "$0" >&2; exit 2; }
+[[ $# -ge 1 ]] || { sed -n '2,9p' "$0" >&2; exit 2; }
 out="$(realpath -m "$1")"
 shift
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

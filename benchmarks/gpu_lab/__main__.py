@@ -3,139 +3,138 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import os
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
-ROOT = Path(__file__).parents[2]
-RECALL = Path("benchmarks/test_memory_recall.py")
-ATTENTION = Path("benchmarks/test_segment_attention.py")
-TOTAL_SECONDS = 530
+from benchmarks import parts, results
+from benchmarks.gpu_lab import summary
+from benchmarks.parts import Part, Result
+
 PYTHON = sys.executable
+TOTAL_SECONDS = 535
+# what runs on the device, not what emulates one
 TESTS = ["tests/kernels", "tests/hmt/test_rotary_in_use.py"]
+TESTS += [f"--ignore-glob=*{name}*" for name in ("emulat", "sanitizers", "audit", "gpu_lab")]
+SELECTION = [PYTHON, "-m", "benchmarks.gpu_lab.selection"]
+COLUMNS = ("part", "result", "seconds", "detail", "commit")
 
 
-class Part(NamedTuple):
-    name: str
-    command: list[str]
-    seconds: float  # at most
-    needs_cuda: bool = True
-    tool: str | None = None  # a program without which the part is absent
-    path: Path | None = None  # a file without which the part is absent
-
-
-class Result(NamedTuple):
-    part: str
-    result: str  # ok, FAILED, absent
-    seconds: float
-    detail: str
-    output: str = ""
-
-
-def sanitizer(tool: str) -> Part:
-    command = [
-        "compute-sanitizer",
-        "--tool",
-        tool,
-        "--error-exitcode",
-        "9",
-        PYTHON,
-        "-m",
-        "benchmarks.gpu_lab.selection",
+def lab_parts(out: Path) -> list[Part]:
+    """Their limits add up to less than TOTAL_SECONDS, so that none takes another's time."""
+    build = [PYTHON, "setup.py", "build_ext", "--inplace"]
+    tests = pytest(*TESTS, "-n", "8", "--dist=loadfile")
+    tools = ("memcheck", "racecheck", "initcheck", "synccheck")
+    audit = [PYTHON, "-m", "benchmarks.audit", "--table", str(out / "audit.csv"), "--measure"]
+    counters = ",".join(summary.COUNTERS)
+    ncu = ["ncu", "--csv", "--log-file", str(out / "ncu.csv"), "--metrics", counters]
+    ncu += ["--kernel-name", "regex:memory_recall|segment_attention", PYTHON, "-m", "benchmarks.gpu_lab.hot"]
+    plot = [PYTHON, "-m", "benchmarks.plot", "--device", "cuda", "--results", str(out)]
+    return [
+        Part("environment", [PYTHON, "-m", "benchmarks.gpu_lab.environment"], 30, "environment"),
+        Part("build", build, 85, "build", needs_cuda=True, tool="nvcc"),
+        Part("tests", tests, 70, "tests", needs_cuda=True),
+        # once without a tool, so that these need not compile
+        Part("selection", SELECTION, 40, "sanitizer", needs_cuda=True),
+        *(Part(tool, sanitizer(tool), 25, "sanitizer", needs_cuda=True, tool="compute-sanitizer") for tool in tools),
+        Part("recall", pytest("benchmarks/test_memory_recall.py"), 35, "bench", needs_cuda=True),
+        Part("attention", pytest("benchmarks/test_segment_attention.py"), 65, "bench", needs_cuda=True),
+        Part("model", pytest("benchmarks/test_model.py", "-k", "read"), 50, "bench", needs_cuda=True),
+        Part("audit", audit, 25, "audit", needs_cuda=True),
+        Part("ncu", ncu, 20, "ncu", needs_cuda=True, tool="ncu"),
+        Part("plot", plot, 10, "plot", needs_cuda=True),
     ]
-    return Part(tool, command, 100, tool="compute-sanitizer")
 
 
-def benchmark(name: str, path: Path, seconds: float) -> Part:
-    return Part(name, [PYTHON, "-m", "pytest", str(path), "-q", "-s"], seconds, needs_cuda=False, path=path)
+def pytest(*arguments: str) -> list[str]:
+    """It goes on where an earlier call was cut off."""
+    return [PYTHON, "-m", "pytest", *arguments, "-q", "-p", "benchmarks.gpu_lab.resume"]
 
 
-PARTS = [
-    Part("environment", [PYTHON, "-m", "benchmarks.gpu_lab.environment"], 60, needs_cuda=False),
-    Part("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 240, needs_cuda=False),
-    Part("tests", [PYTHON, "-m", "pytest", *TESTS, "-q", "-n", "8", "--dist=loadfile"], 240),
-    *(sanitizer(tool) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")),
-    benchmark("recall", RECALL, 180),
-    benchmark("attention", ATTENTION, 240),
-]
+def sanitizer(tool: str) -> list[str]:
+    return ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *SELECTION]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/gpu_lab.sh", description="Build, check and time on a GPU.")
-    parser.add_argument("out", type=Path, help="the folder for the results")
-    parser.add_argument("--only", action="append", choices=[part.name for part in PARTS], help="run this part only")
+    parser.add_argument("out", type=Path, help="the folder for the results; a second call goes on in it")
+    parser.add_argument("--only", action="append", default=[], help="parts or groups of them, separated by commas")
+    parser.add_argument("--again", action="store_true", help="run also what has succeeded in this folder before")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    out = arguments.out.resolve()
+    todo = lab_parts(out)
+    wanted = {name for names in arguments.only for name in names.split(",")}
+    if unknown := wanted - {part.name for part in todo} - {part.group for part in todo}:
+        known = ", ".join(dict.fromkeys(part.group for part in todo))
+        parser.error(f"--only must be of {known} or a part of them, got {', '.join(sorted(unknown))}")
+    todo = [part for part in todo if not wanted or wanted & {part.name, part.group}]
+    out.mkdir(parents=True, exist_ok=True)
+    arch = gpu_architecture()
+    return run(todo, out, arch, TOTAL_SECONDS - (time.monotonic() - started), again=arguments.again)
 
-    started = time.time()
-    has_cuda = (
-        subprocess.run([PYTHON, "-c", "import torch; torch.zeros(1).cuda()"], capture_output=True).returncode == 0
-    )
-    results = []
-    for part in PARTS:
-        if arguments.only and part.name not in arguments.only:
+
+def run(todo: list[Part], out: Path, arch: str | None, seconds: float, again: bool = False) -> int:
+    """Run parts, less those that succeeded in this folder before; 1 if any failed. Every result is written at once."""
+    deadline, commit = time.monotonic() + seconds, results.commit()
+    state = earlier_results(out, commit)
+    if again:
+        (out / f"passed_{commit}.txt").unlink(missing_ok=True)
+    failed = False
+    for part in todo:
+        if not again and part.name in state and state[part.name].result == "ok":
+            print(f"{part.name:12} ok in an earlier call", flush=True)
             continue
-        results.append(run(part, has_cuda, TOTAL_SECONDS - (time.time() - started)))
-        print(f"{part.name:12} {results[-1].result:7} {results[-1].seconds:6.1f} s  {results[-1].detail}", flush=True)
-        write(arguments.out, results)  # after every part, so that a killed run leaves what it had
-    for table in (ROOT / "benchmarks" / "results").glob("*.csv"):
-        if table.stat().st_mtime >= started:
-            shutil.copy(table, arguments.out / table.name)
-    return 1 if any(result.result == "FAILED" for result in results) else 0
+        write(out, state | {part.name: Result(part.name, "cut off", 0, "it was running when the lab ended")}, commit)
+        left, log = deadline - time.monotonic(), out / f"{part.name}.log"
+        environment = settings(out, commit, arch)
+        result = parts.run(part, log, has_cuda=arch is not None, seconds_left=left, environment=environment)
+        state[part.name] = result
+        write(out, state, commit)
+        print(f"{part.name:12} {result.result:7} {result.seconds:6.1f} s  {result.detail}", flush=True)
+        failed |= result.result == "FAILED"
+    return int(failed)
 
 
-def run(part: Part, has_cuda: bool, seconds_left: float) -> Result:
-    if part.needs_cuda and not has_cuda:
-        return Result(part.name, "absent", 0, "PyTorch sees no CUDA device")
-    if part.tool and shutil.which(part.tool) is None:
-        return Result(part.name, "absent", 0, f"{part.tool} is not installed")
-    if part.path and not (ROOT / part.path).exists():
-        return Result(part.name, "absent", 0, f"there is no {part.path}")
-    limit = min(part.seconds, seconds_left)
-    if limit < 5:
-        return Result(part.name, "FAILED", 0, f"no time was left of {TOTAL_SECONDS} s")
-    settings = {"PYTHONUNBUFFERED": "1"} | ({"HMT_KERNELS_FORCE_CUDA": "1"} if has_cuda else {})
-    started = time.time()
-    process = subprocess.Popen(
-        part.command, cwd=ROOT, text=True, errors="replace", start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | settings,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=limit)
-        result = "ok" if process.returncode == 0 else "FAILED"
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # its children too
-        output, _ = process.communicate()
-        output += f"\nstopped after {limit:.0f} s"
-        result = "FAILED"
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return Result(part.name, result, time.time() - started, lines[-1][:150] if lines else "", output)
+def gpu_architecture() -> str | None:
+    """As TORCH_CUDA_ARCH_LIST wants it, "9.0a"; None where PyTorch cannot use a GPU."""
+    code = "import torch; torch.zeros(1).cuda(); print(*torch.cuda.get_device_capability(), sep='.')"
+    answer = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True)
+    if answer.returncode:
+        return None
+    number = answer.stdout.strip()
+    return number + "a" if number == "9.0" else number
 
 
-def write(out: Path, results: list[Result]) -> None:
-    with (out / "lab.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["part", "result", "seconds", "detail"])
-        writer.writerows([r.part, r.result, f"{r.seconds:.1f}", r.detail] for r in results)
-    (out / "log.txt").write_text("".join(f"===== {r.part}: {r.result}\n{r.output}\n" for r in results))
-
-    lines = ["# GPU lab", "", *environment(results), "", "| part | result | seconds | last line |", "|---|---|---|---|"]
-    lines += [f"| {r.part} | {r.result} | {r.seconds:.1f} | {r.detail.replace('|', '/')} |" for r in results]
-    for r in results:
-        if r.result == "FAILED":
-            lines += ["", f"## {r.part} failed", "", "```", *r.output.splitlines()[-15:], "```"]
-        elif r.part in ("recall", "attention") and r.output:
-            lines += ["", f"## {r.part.capitalize()}", "", "```", *r.output.splitlines()[-40:], "```"]
-    (out / "summary.md").write_text("\n".join(lines) + "\n")
+def settings(out: Path, commit: str, arch: str | None) -> dict[str, str]:
+    """Of the parts' environment: results come here as they are measured, and only this GPU's code is built."""
+    chosen = {"HMT_BENCH_RESULTS": str(out), "HMT_LAB_DONE": str(out / f"passed_{commit}.txt")}
+    if arch is None:
+        return chosen
+    targets = os.environ.get("TORCH_CUDA_ARCH_LIST", arch)
+    return chosen | {"HMT_KERNELS_FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": targets}
 
 
-def environment(results: list[Result]) -> list[str]:
-    return [line for r in results if r.part == "environment" for line in r.output.splitlines()]
+def earlier_results(out: Path, commit: str) -> dict[str, Result]:
+    """Of an earlier call in this folder, for the same commit."""
+    path = out / "lab.csv"
+    rows = results.read_rows(path) if path.exists() else []
+    return {
+        row["part"]: Result(row["part"], row["result"], float(row["seconds"]), row["detail"])
+        for row in rows
+        if row["commit"] == commit
+    }
+
+
+def write(out: Path, state: dict[str, Result], commit: str) -> None:
+    """After every part and before the next, so that a lab that is cut off leaves what it had."""
+    order = [part.name for part in lab_parts(out)]
+    ordered = sorted(state.values(), key=lambda result: order.index(result.part) if result.part in order else -1)
+    rows = [result._asdict() | {"seconds": f"{result.seconds:.1f}", "commit": commit} for result in ordered]
+    results.write_csv(out / "lab.csv", COLUMNS, rows)
+    summary.write(out, ordered)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,59 @@
+"""Every suite runs on tiny inputs, checks what it times, and writes its rows; `make bench` survives a failing one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import parts, results, run
+
+ROOT = Path(__file__).parents[2]
+# file, selected tests, and (workload, metric, provider) that must be among the rows
+SUITES = {
+    "recall": ("test_memory_recall", "fp32 and 20", ("recall N=20 D=64 fp32", "time", "cached keys, SDPA")),
+    "attention": (
+        "test_segment_attention",
+        "attention and fp32",
+        ("hole T=24 B=1 H=9/3 D=64 fp32", "both", "SDPA, math"),
+    ),
+    "model": ("test_model", "read", ("read segments=2 L=16", "time", "plain loop")),
+    "long context": ("test_long_context", "linear or generation", ("generate context=80", "speed", "hmt")),
+}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_suite_writes_its_rows(suite, tmp_path):
+    file, selection, wanted = SUITES[suite]
+    command = [sys.executable, "-m", "pytest", f"benchmarks/{file}.py", "-q", "-k", selection, "-p", "no:cacheprovider"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("HMT_PYTORCH", "TRITON_INTERPRET")}
+    environment |= {"HMT_BENCH_TINY": "1", "HMT_BENCH_RESULTS": str(tmp_path)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = tmp_path.glob("*.csv")
+    rows = results.read(path)
+    assert wanted in {(row["workload"], row["metric"], row["provider"]) for row in rows}
+    assert all(float(row["value"]) > 0 and row["commit"] for row in rows)
+    timed = [row for row in rows if row["metric"] in ("time", "both", "time per token")]
+    assert all(row["p20"] and float(row["p20"]) <= float(row["value"]) <= float(row["p80"]) for row in timed)
+    assert any(row["flops"] and row["roofline"] for row in timed)
+    assert any(row["benchmark"] == "roofline" for row in rows)
+    assert " not run " in result.stdout or suite == "long context"
+
+
+def test_a_suite_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    def command(name, file, slow=False):
+        code = "print('\\n==== table'); raise SystemExit(3)" if name == "model" else "print('\\n==== a table')"
+        return parts.Part(name, [sys.executable, "-c", code], 60)
+
+    monkeypatch.setattr(run, "suite", command)
+    monkeypatch.setattr(run, "LOGS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run"])
+    monkeypatch.setenv("HMT_BENCH_RESULTS", str(tmp_path))
+    assert run.main() == 1
+    printed = capsys.readouterr().out
+    assert "    model FAILED after" in printed and "    long context ok after" in printed
+    assert printed.count("==== a table") == len(run.SUITES) - 1
