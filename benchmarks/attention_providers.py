@@ -218,7 +218,8 @@ for impl in dispatch.KNOWN["segment_attention"]:
     register("attention", f"{OURS}, {impl}", partial(_ours, impl), partial(_missing_impl, impl))
 register("attention", DIRECT, lambda x: _sdpa)
 for backend in BACKENDS:
-    register("attention", f"{DIRECT}, {backend}", partial(_backend, backend))
+    missing = _needs_cuda() if backend in ("efficient", "cuDNN") else lambda: None
+    register("attention", f"{DIRECT}, {backend}", partial(_backend, backend), missing)
 register("attention", f"{DIRECT}, Liger's rotary", _liger, _needs_cuda("liger_kernel"))
 register(
     "attention",

@@ -104,9 +104,8 @@ def test_what_has_passed_is_not_run_again(tmp_path):
 
     def run(*, fails: bool, workers: str) -> str:
         (tmp_path / "test_some.py").write_text(f"FAILS = {fails}\n" + file.read_text().removeprefix("FAILS = True\n"))
-        command = lab.pytest(
-            str(file), "-n", "1", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tmp_path)
-        )
+        options = ["-n", workers, "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tmp_path)]
+        command = lab.pytest(str(file), *options)
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         return f"{result.returncode} {result.stdout.splitlines()[-1]}"
 
