@@ -102,7 +102,7 @@ def provenance() -> dict[str, str]:
 
     cuda = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if cuda else cpu_name(),
+        "device": torch.cuda.get_device_name() if cuda else f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()})",
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
