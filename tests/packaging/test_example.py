@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from hmt.adapters import FILE, _read
 from hmt.config import MODES
 from hmt.loading import load
 
@@ -92,11 +93,11 @@ def test_adapters_are_trained_compared_and_read_with(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("peft")
-    austen.main(["train", str(example.NOVEL), "--stage", "2:2", "--stage", "1:3"])
+    austen.main(["train", str(example.NOVEL), "--stage", "2:2", "--stage", "1:3", "--batch-size", "2"])
     assert "Converting tiny.gguf once" in capsys.readouterr().out
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in example.MODEL.iterdir()}
-    for mode in MODES:
-        log = (tmp_path / "adapters" / mode / "training_log.csv").read_text().splitlines()
+    for name in ("base", *MODES):
+        log = (tmp_path / "adapters" / name / "training_log.csv").read_text().splitlines()
         assert [line.split(",")[:3] for line in log[1:]] == [["1", "2", "256"], ["2", "2", "512"], ["3", "3", "896"]]
 
     austen.main(["evaluate", "--segments", "3", "--stretches", "2", "--output", str(tmp_path / "out.json")])
@@ -127,6 +128,19 @@ def test_the_converted_model_computes_the_same_with_shorter_hidden_states(exampl
         torch.testing.assert_close(converted(ids).logits, original(ids).logits, atol=1e-4, rtol=1e-4)
         hidden = [model.model(ids).last_hidden_state for model in (original, converted)]
     torch.testing.assert_close(hidden[1] * example.SHRINK, hidden[0], atol=1e-4, rtol=1e-4)
+
+
+def test_the_shipped_adapters_are_small_whole_and_read_with_the_same_window() -> None:
+    files = {name: EXAMPLES / "adapters" / name / FILE for name in ("base", *MODES)}
+    assert sum(file.stat().st_size for file in files.values()) < 8e6
+    windows = set()
+    for name in MODES:
+        tensors, metadata = _read(files[name])  # checks the digest of every tensor
+        assert metadata["backbone"] == "examples/adapters/base" and metadata["settings"]["mode"] == name
+        assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+        windows.add((metadata["settings"]["segment_length"], metadata["settings"]["num_sensory"]))
+    assert len(windows) == 1
+    assert _read(files["base"])[1]["settings"]["mode"] == "baseline"
 
 
 def test_example_says_what_to_do_without_its_model(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
