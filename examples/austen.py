@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     measuring = commands.add_parser("evaluate", help="compare how well the adapters predict a text")
     measuring.add_argument("--text", type=Path, default=NOVEL)
     measuring.add_argument("--segments", type=int, default=16, help="of a stretch read with one memory (default 16)")
-    measuring.add_argument("--stretches", type=int, default=16, help="read only the first so many (default 16)")
+    measuring.add_argument("--stretches", type=int, default=12, help="read only the first so many (default 12)")
     measuring.add_argument("--output", type=Path, default=RESULT, help="JSON, with a plot beside it")
     arguments = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
