@@ -75,15 +75,18 @@ def select(
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def save_adapter(model: HMTForCausalLM, directory: str | Path, backbone: str) -> None:
+def save_adapter(
+    model: HMTForCausalLM, directory: str | Path, backbone: str, *, dtype: torch.dtype | None = None
+) -> None:
     """Write what `select` left to train, and how to read with it, into one small file of a directory.
 
     Args:
         backbone: directory or hub name for `load_adapter` of what was trained on: a language model, or an HMT or
             adapter, of which the backbone is used.
+        dtype: of the numbers in the file, torch.bfloat16 for one of half the size; None keeps the model's.
     """
     named = dict(model.named_parameters())
-    tensors = {name: p.detach().cpu().contiguous() for name, p in named.items() if p.requires_grad}
+    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in named.items() if p.requires_grad}
     scales = {name: m.scaling["default"] for name, m in model.named_modules() if hasattr(m, "lora_A")}
     metadata = {
         "version": VERSION,
@@ -140,6 +143,15 @@ def load_adapter(
 def is_adapter(directory: str | Path) -> bool:
     """Whether `save_adapter` has written into this directory."""
     return (Path(directory) / FILE).is_file()
+
+
+def backbone_of(directory: str | Path) -> str:
+    """Directory or hub name of what an adapter was trained on.
+
+    Raises:
+        ValueError: a damaged or foreign file, with the reason.
+    """
+    return _read(Path(directory) / FILE)[1]["backbone"]
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

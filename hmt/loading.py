@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from hmt.adapters import is_adapter, load_adapter
+from hmt.adapters import backbone_of, is_adapter, load_adapter
 from hmt.model import HMTForCausalLM
 
 
@@ -39,6 +39,8 @@ def load(name: str, *, dtype: torch.dtype | None = None, device: str | None = No
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     if is_adapter(name):
         model = load_adapter(name, dtype=dtype, **settings)
+        while is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():
+            name = backbone_of(name)  # a small adapter may come without the tokenizer
         return Loaded(model.to(device).eval(), AutoTokenizer.from_pretrained(name), False)
     config = AutoConfig.from_pretrained(name)
     if config.model_type == "hmt":

@@ -88,6 +88,22 @@ def test_an_adapter_of_what_has_been_trained_before(first: str, tmp_path: Path) 
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=5e-5, rtol=1e-4)
 
 
+def test_an_adapter_in_bfloat16_is_half_the_size_and_reads_the_same(tmp_path: Path) -> None:
+    model = hmt_model()
+    select(model, "memory")
+    sizes = {}
+    for dtype in (None, torch.bfloat16):
+        save_adapter(model, tmp_path / str(dtype), "nowhere", dtype=dtype)
+        sizes[dtype] = (tmp_path / str(dtype) / FILE).stat().st_size
+    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sizes[None] - sizes[torch.bfloat16] == pytest.approx(2 * numbers, abs=64)
+    loaded = load_adapter(tmp_path / "torch.bfloat16", backbone()).eval()
+    assert all(p.dtype == torch.float32 for p in loaded.parameters())
+    ids = torch.randint(3, VOCAB, (2, 50))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=0.02, rtol=0.02)
+
+
 def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     model = hmt_model()
     select(model, "memory")

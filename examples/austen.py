@@ -1,0 +1,158 @@
+"""Train the adapters in examples/adapters on four novels of Jane Austen, or measure them on a fifth, Persuasion.
+
+    python examples/austen.py train NOVELS      # a folder with the four novels as text files; under an hour of one core
+    python examples/austen.py evaluate          # the table and plot in examples/results from the shipped adapters
+
+The novels are Emma, Mansfield Park, Pride and Prejudice, and Sense and Sensibility, numbers 158, 141, 1342 and 161 of
+Project Gutenberg (gutenberg.org). The adapter "base" makes SmolLM2-135M-Instruct, as `make demo` converts it, used to
+them and to short segments, without memory. From there "hmt", "rmt" and "baseline" go on with the same LoRA layers,
+texts, order of texts, steps and learning rates: they differ in their memory alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from read_novel import ADAPTERS, MODEL, NOVEL, convert
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from hmt import HMTForCausalLM
+from hmt.adapters import load_adapter, save_adapter, select
+from hmt.config import MODES
+from hmt.data import Document, load_documents
+from hmt.evaluation import Curve, read_curve, report, save_report
+from hmt.training import HMTTrainer, Stage
+
+SETTINGS = {"segment_length": 64, "num_sensory": 8, "queue_size": 32}
+RECALL_SCALE = 640.0  # spreads the scores of memories of this length over about 1, with projections that change nothing
+STAGES = {"base": (Stage(44, (4,)), Stage(22, (8,))), **dict.fromkeys(MODES, (Stage(32, (8,)),))}
+BATCH_SIZE = {"base": 2, **dict.fromkeys(MODES, 1)}
+RANK = {"base": 8, **dict.fromkeys(MODES, 4)}
+LEARNING_RATE, MEMORY_LEARNING_RATE, WARMUP_STEPS = 1e-3, 5e-4, 6
+READINGS = {
+    "hmt": ("hmt", None),
+    "hmt-causal": ("hmt", "previous"),
+    "rmt": ("rmt", None),
+    "baseline": ("baseline", None),
+}
+RESULT = Path(__file__).parent / "results" / "persuasion.json"
+
+
+def build(name: str, base: Path) -> HMTForCausalLM:
+    """SmolLM2, adapted to the novels but for "base" itself, with fresh memory that does no harm.
+
+    A memory begins as the embedding of a line break, and recall as plain similarity of summaries and memories.
+    """
+    first_token = AutoTokenizer.from_pretrained(MODEL)("\n").input_ids[0]
+    backbone = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    mode = "baseline" if name == "base" else name
+    if name != "base":
+        backbone = load_adapter(base, backbone).backbone
+    recall = {"recall_softmax_scale": RECALL_SCALE} if mode == "hmt" else {}
+    model = HMTForCausalLM.from_backbone(
+        backbone, mode=mode, rematerialize=False, loss_chunk_size=1024, **recall, **SETTINGS
+    )
+    with torch.no_grad():
+        for slot in ("memory", "summary_prompt"):
+            if hasattr(model, slot):
+                getattr(model, slot).copy_(model.get_input_embeddings().weight[first_token])
+        if mode == "hmt":
+            nn.init.eye_(model.recall.wq.weight)
+            nn.init.eye_(model.recall.wk.weight)
+    torch.manual_seed(0)  # the same LoRA factors for every mode
+    select(
+        model, "lora", rank=RANK[name], alpha=2 * RANK[name], target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
+    )
+    return model
+
+
+def train(name: str, documents: list[Document], arguments: argparse.Namespace) -> None:
+    """Train one adapter, and write it and the log of its training."""
+    base, target = arguments.adapters / "base", arguments.adapters / name
+    model = build(name, base)
+    with tempfile.TemporaryDirectory() as folder:
+        options = TrainingArguments(
+            folder,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="linear",
+            warmup_steps=WARMUP_STEPS,
+            per_device_train_batch_size=arguments.batch_size or BATCH_SIZE[name],
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=arguments.device == "cpu",
+            dataloader_pin_memory=False,
+        )
+        stages = arguments.stage or STAGES[name]
+        trainer = HMTTrainer(model, options, documents, stages, memory_learning_rate=MEMORY_LEARNING_RATE)
+        trainer.train()
+    below = os.path.relpath(MODEL if name == "base" else base, MODEL.parents[1])  # from the repository's root
+    save_adapter(model, target, below, dtype=torch.bfloat16)
+    columns = ("step", "segments", "num_input_tokens_seen", "learning_rate", "grad_norm", "loss")
+    with (target / "training_log.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(entry for entry in trainer.state.log_history if "loss" in entry)
+
+
+def evaluate(documents: list[Document], adapters: Path, segments: int, stretches: int, device: str) -> dict[str, Curve]:
+    """Every reading's curve on the same stretches of the text."""
+    curves = {}
+    for label, (mode, source) in READINGS.items():
+        backbone = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+        model = load_adapter(adapters / mode, load_adapter(adapters / "base", backbone).backbone).eval().to(device)
+        found = read_curve(model, documents, segments, summary_source=source, limit=stretches)
+        for curve in tqdm(found, desc=label, unit="stretch"):
+            curves[label] = curve
+    return curves
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapters", type=Path, default=ADAPTERS, help="folder of the adapters")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser("train", help="train the adapters of all modes")
+    training.add_argument("novels", type=Path, help="folder of text files")
+    training.add_argument("--only", action="append", choices=STAGES, help="repeat for several (default all)")
+    training.add_argument("--stage", action="append", type=Stage.parse, metavar="STEPS:SEGMENTS[:MODE]")
+    training.add_argument("--batch-size", type=int, metavar="B")
+    measuring = commands.add_parser("evaluate", help="compare how well the adapters predict a text")
+    measuring.add_argument("--text", type=Path, default=NOVEL)
+    measuring.add_argument("--segments", type=int, default=16, help="of a stretch read with one memory (default 16)")
+    measuring.add_argument("--stretches", type=int, default=12, help="read only the first so many (default 12)")
+    measuring.add_argument("--output", type=Path, default=RESULT, help="JSON, with a plot beside it")
+    arguments = parser.parse_args(argv)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if not MODEL.is_dir():
+        MODEL.parent.mkdir(exist_ok=True)
+        convert(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    if arguments.command == "train":
+        documents = load_documents(arguments.novels, tokenizer)
+        for name in arguments.only or STAGES:
+            train(name, documents, arguments)
+        return
+    documents = load_documents(arguments.text, tokenizer)
+    curves = evaluate(documents, arguments.adapters, arguments.segments, arguments.stretches, arguments.device)
+    found = report(curves, SETTINGS["segment_length"])
+    for label, reading in found["readings"].items():
+        print(f"{label:>12}  perplexity {reading['perplexity']:.3f} on {reading['tokens_predicted']:,} tokens")
+    for c in found["comparisons"]:
+        low, high = c["interval"]
+        print(f"{c['a']} - {c['b']}: {c['nats_per_token']:+.4f} nats per token, 95 % in [{low:+.4f}, {high:+.4f}]")
+    save_report(found, arguments.output)
+    print(f"written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
