@@ -28,7 +28,8 @@ from hmt import HMTForCausalLM
 from hmt.adapters import load_adapter, save_adapter, select
 from hmt.config import MODES
 from hmt.data import Document, load_documents
-from hmt.evaluation import Curve, read_curve, report, save_report
+from hmt.evaluation import Curve, draw, read_curve, report
+from hmt.reports import write_report
 from hmt.training import HMTTrainer, Stage
 
 SETTINGS = {"segment_length": 64, "num_sensory": 8, "queue_size": 32}
@@ -150,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     for c in found["comparisons"]:
         low, high = c["interval"]
         print(f"{c['a']} - {c['b']}: {c['nats_per_token']:+.4f} nats per token, 95 % in [{low:+.4f}, {high:+.4f}]")
-    save_report(found, arguments.output)
+    write_report(found, arguments.output, draw)
     print(f"written to {arguments.output}")
 
 
