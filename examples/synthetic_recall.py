@@ -7,6 +7,9 @@ writes it as CSV, and as a plot where matplotlib is installed. A run takes some 
 examples/results holds what `python examples/synthetic_recall.py --seeds 3` gave: at 16 segments and more HMT was right
 663 times out of 663, RMT 63 times and the bare model 53 times, which is guessing. All had the same 560 steps; three
 times as many did not help RMT (one seed: 30 % at distance 1, 6 % at 16).
+
+An RWKV, which has no attention, does as well inside HMT: `--backbone rwkv --modes hmt` was right 227 times out of 227
+at 16 segments and more (one seed).
 """
 
 from __future__ import annotations

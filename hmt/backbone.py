@@ -88,7 +88,10 @@ def _cache_argument(forward: Callable[..., Any]) -> str | None:
 
 
 def takes_cache(model: PreTrainedModel) -> bool:
-    """Whether the layers can go on from a `Cache`; where not (RWKV), decoding reads its open segment again."""
+    """Whether the layers can go on from a `Cache`; where not (RWKV), decoding reads its open segment again.
+
+    Its recall is then taken from the tokens so far, as with use_cache=False, not from those that opened the segment.
+    """
     return _cache_argument(type(unwrap(model).base_model).forward) is not None
 
 

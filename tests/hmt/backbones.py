@@ -96,6 +96,9 @@ def backbone(name: str = "llama", seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config((CONFIGS | ROTARY_CONFIGS)[name]()).eval()
     with torch.no_grad():
+        if name == "rwkv":  # whose embeddings are almost nothing, and all else large enough
+            model.get_input_embeddings().weight.mul_(1e4)
+            return model
         for parameter_name, parameter in model.named_parameters():
             if parameter.dim() > 1 and not parameter_name.endswith("A_log"):  # the logarithm of a rate
                 parameter.mul_(3.0)
