@@ -72,7 +72,8 @@ def backward(
     d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     d_memory = torch.empty_like(memory, memory_format=torch.contiguous_format)
     (query, query_rows), (memory, memory_rows), (d_recalled, d_rows) = map(_rows, (query, memory, d_recalled))
-    counts, recalled, lse, d_lse = map(_contiguous, (num_valid, recalled, lse, d_lse))
+    recalled, lse = recalled.contiguous(), lse.contiguous()
+    counts, d_lse = _contiguous(num_valid), _contiguous(d_lse)
     _C.memory_recall_cpu_bwd(
         (batch, queries, memory.shape[1], dim), _DTYPES[query.dtype], softmax_scale, query_rows, memory_rows,
         _pointer(counts), recalled.data_ptr(), lse.data_ptr(), d_rows, _pointer(d_lse), d_query.data_ptr(),
@@ -100,7 +101,7 @@ def step(
     return out[:, :1], lse, slot
 
 
-def _contiguous(tensor):
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 

@@ -25,7 +25,7 @@ class Built(NamedTuple):
 def run(*command: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     env = {key: value for key, value in os.environ.items() if not key.startswith(("HMT_", "CUDA_", "TORCH_CUDA"))}
     return subprocess.run(
-        list(map(str, command)), cwd=cwd, env={**env, **environment}, capture_output=True, text=True, timeout=300
+        list(map(str, command)), cwd=cwd, env={**env, **environment}, capture_output=True, text=True, timeout=900
     )
 
 
