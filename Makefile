@@ -1,11 +1,6 @@
-<<<<<<< HEAD
 # make demo | test | check | audit | bench | fuzz | coverage: each sets itself up on a fresh machine; a second call
 # starts at once. make bench-slow takes longer; make bench-peer HMT_PYTORCH=FOLDER measures a checkout of HMT-pytorch too;
 # make compat tests the wheel with the oldest torch it promises, and downloads gigabytes for that.
-=======
-# make demo | test | check | audit | bench: each sets itself up on a fresh machine; a second call starts at once.
-# make bench-slow: what takes longer; make bench-peer HMT_PYTORCH=FOLDER: also against a checkout of HMT-pytorch.
->>>>>>> bench
 
 PYTHON ?= python3
 # The CPU build is enough for tests and demo. With a GPU, any torch >= 2.11 works: make test TORCH=torch
@@ -15,16 +10,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE_SOURCES := $(shell find csrc -type f)
 
-<<<<<<< HEAD
 .PHONY: demo test check audit bench bench-peer bench-slow fuzz coverage compat clean
 
 CASES ?= 10000
 COMPAT_TORCH ?= torch==2.11.0
 COMPAT_KERNEL_TESTS := memory_recall memory_recall_registration memory_recall_step segment_attention \
   segment_attention_registration triton_recall
-=======
-.PHONY: demo test check audit bench bench-peer bench-slow clean
->>>>>>> bench
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
@@ -46,7 +37,6 @@ bench: $(VENV)/installed
 
 bench-peer: $(VENV)/installed
 	@test -n '$(HMT_PYTORCH)' || { echo 'make bench-peer HMT_PYTORCH=FOLDER: a checkout of HMT-pytorch'; exit 2; }
-<<<<<<< HEAD
 	HMT_PYTORCH='$(HMT_PYTORCH)' $(BIN)/python -m benchmarks.run --only model --only training --only 'peer training'
 
 bench-slow: $(VENV)/installed
@@ -72,12 +62,6 @@ $(VENV)/compat/installed: pyproject.toml setup.py $(NATIVE_SOURCES)
 	$(VENV)/compat/bin/python -m pip install --quiet '$(COMPAT_TORCH)'
 	$(VENV)/compat/bin/python -m pip install --quiet '.[test]' '$(COMPAT_TORCH)'
 	touch $@
-=======
-	HMT_PYTORCH='$(HMT_PYTORCH)' $(BIN)/python -m benchmarks.run --only model --only training
-
-bench-slow: $(VENV)/installed
-	env -u HMT_PYTORCH $(BIN)/python -m benchmarks.run --slow
->>>>>>> bench
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info hmt_kernels/*.so
