@@ -112,7 +112,11 @@ def apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits of hidden states, with the scale or soft cap that the backbone's own forward pass would apply."""
     model = unwrap(model)
     config = model.config
-    logits = model.get_output_embeddings()(hidden)
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", hidden)
+    if hidden.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16):
+        hidden = hidden.to(weight.dtype)  # Mamba keeps what it adds up in float32
+    logits = head(hidden)
     if (scale := getattr(config, "logit_scale", None)) is not None:
         logits = logits * scale
     if (scale := getattr(config, "logits_scaling", None)) is not None:

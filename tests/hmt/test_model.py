@@ -32,7 +32,8 @@ def plain_recurrence(model: HMTForCausalLM, ids: torch.Tensor) -> tuple[torch.Te
             q = lm(inputs_embeds=torch.cat([prompt, half, prompt], 1), output_hidden_states=True).hidden_states[-1][
                 :, -1:
             ]
-            past = torch.cat(queue[-config.queue_size :], dim=1)
+            q = q.to(model.dtype)  # Mamba keeps what it adds up in float32
+            past = torch.cat(queue[-config.queue_size :], dim=1).to(model.dtype)
             keys = past @ model.recall.wk.weight.T
             scores = (q @ model.recall.wq.weight.T) @ keys.transpose(1, 2) * model.recall.softmax_scale
             memory = scores.softmax(-1) @ past
