@@ -19,12 +19,12 @@ from benchmarks.processes import held_memory, own_process, peak_memory
 from benchmarks.providers import register
 from benchmarks.sizes import DEVICE
 from hmt import HMTForCausalLM
-from hmt.static_step import static_reader
 
 OURS = providers.OURS["model"]
 BFLOAT16, GRAPHS = f"{OURS}, bfloat16", f"{OURS}, CUDA graphs"
+KEPT = f"{OURS}, rematerialize=False"
 PLAIN, DROPPED, PEER = "plain loop", "plain loop, outputs dropped", "HMT-pytorch"
-READ_ONLY = (BFLOAT16, GRAPHS, DROPPED)
+READ_ONLY, TRAIN_ONLY = (BFLOAT16, GRAPHS, DROPPED), (KEPT,)
 # as slow as the plain loop: of interest for its memory
 MEMORY_ONLY = (DROPPED,)
 # Per workload a function of token ids [1, T]. It returns "memories" [1, S, d] and, for "score", the "loss"; "train" the
@@ -100,11 +100,6 @@ def _ours(**settings: Any) -> Runners:
     return {"read": lambda ids: {"memories": model.read(ids).memories()}, "score": score, "train": train}
 
 
-def _graphs(**settings: Any) -> Runners:
-    read = static_reader(build(**settings))
-    return {"read": lambda ids: {"memories": read(ids, None).memories()}}
-
-
 def _plain_loop(read: Callable[[HMTForCausalLM, Tensor], Tensor], **settings: Any) -> Runners:
     model = build(attn_implementation="sdpa", **settings)
 
@@ -138,7 +133,13 @@ def _slow_bfloat16() -> str | None:
 
 register("model", OURS, _ours)
 register("model", BFLOAT16, lambda **settings: _ours(dtype=torch.bfloat16, **settings), _slow_bfloat16)
-register("model", GRAPHS, _graphs, lambda: None if DEVICE == "cuda" else "PyTorch sees no CUDA device")
+register(
+    "model",
+    GRAPHS,
+    lambda **settings: _ours(cuda_graphs=True, **settings),
+    lambda: None if DEVICE == "cuda" else "PyTorch sees no CUDA device",
+)
+register("model", KEPT, lambda **settings: _ours(rematerialize=False, **settings))
 register("model", PLAIN, lambda **settings: _plain_loop(plain_loop.read, **settings))
 register("model", DROPPED, lambda **settings: _plain_loop(plain_loop.read_dropping_outputs, **settings), peer.missing)
 register("model", PEER, _hmt_pytorch, peer.missing)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.model_providers import OURS, READ_ONLY
+from benchmarks.model_providers import OURS, READ_ONLY, TRAIN_ONLY
 from benchmarks.model_rounds import memory_rows, time_rows, timed_rounds
 from benchmarks.sizes import size
 
@@ -23,7 +23,7 @@ BFLOAT16_GOAL = 1.5  # times as fast as float32, where the processor has instruc
 @torch.no_grad()
 def test_model(workload, benchmark, rows, absent):
     """The first round is checked and gives the peak memory; those after it are timed."""
-    exclude = () if workload == "read" else READ_ONLY
+    exclude = TRAIN_ONLY if workload == "read" else READ_ONLY + TRAIN_ONLY
     rounds = timed_rounds(workload, 1 + ROUNDS, exclude, benchmark, absent, fewest=2)
     timed = {name: of[1:] for name, of in rounds.items() if len(of) > 1}
     rows += time_rows(workload, timed, TIME_GOALS[workload], BFLOAT16_GOAL)
