@@ -146,16 +146,14 @@ def memory_recall_matrix_bwd_kernel(
         o = load_tile(recalled_ptr + d, rows * D, inside, 0, BLOCK_D, D - d).to(tl.float32)
         do = load_tile(d_recalled_ptr + d, d_recalled_offsets, inside, 0, BLOCK_D, D - d).to(tl.float32)
         delta += tl.sum(o * do, axis=1)
-    d_lse = tl.zeros([BLOCK_Q], tl.float32)
     if d_lse_ptr is not None:
-        d_lse = tl.load(d_lse_ptr + rows, mask=inside, other=0.0)
+        delta -= tl.load(d_lse_ptr + rows, mask=inside, other=0.0)
     lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
 
     first = slice_index * SLICE
     width = tl.multiple_of(tl.minimum(D - first, SLICE), 8)  # of this block's slice of the columns
     num_live = live_slots(num_valid_ptr, b, num_slots)
     start, end = slot_range(split, splits, num_slots, BLOCK_N)  # dead slots too: their gradient has to be written
-    excess = tl.zeros([BLOCK_Q], tl.float32)  # sum of p (do . M - delta), which is zero but for rounding
     acc0, acc1 = zero_tiles(BLOCK_Q, D0, D1)
     for n in range(start, end, BLOCK_N):
         slots = n + tl.arange(0, BLOCK_N)
@@ -171,10 +169,8 @@ def memory_recall_matrix_bwd_kernel(
             dp = matmul(do, tl.trans(tile), dp)
         mask = live[None, :] & inside[:, None]
         p = tl.where(mask, exp(s * softmax_scale - lse[:, None]), 0.0)
-        ds = tl.where(mask, p * (dp - delta[:, None] + d_lse[:, None]), 0.0)
-        excess -= tl.sum(p, axis=1) * d_lse
+        ds = tl.where(mask, p * (dp - delta[:, None]), 0.0)
         p, ds = p.to(memory_ptr.dtype.element_ty), ds.to(memory_ptr.dtype.element_ty)
-        excess += tl.sum(ds.to(tl.float32), axis=1)  # as it was rounded
 
         one = tl.full([BLOCK_Q], 1.0, tl.float32)
         acc0 = add_matmul(acc0, one, ds, load_tile(memory_ptr + first, offsets, live, 0, D0, width))
@@ -189,10 +185,6 @@ def memory_recall_matrix_bwd_kernel(
             d_tile += load_tile(d_memory_ptr + d, slots.to(tl.int64) * D, added, 0, BLOCK_D, limit)
             store_tile(d_memory_ptr + d, slots.to(tl.int64) * D, slots < end, d_tile, 0, BLOCK_D, limit)
 
-    # Memories that have much in common would show the excess in full: it is taken out along their mean, o.
-    mean0 = load_tile(recalled_ptr + first, rows * D, inside, 0, D0, width).to(tl.float32)
-    mean1 = load_tile(recalled_ptr + first, rows * D, inside, D0, D1, width).to(tl.float32)
-    acc0, acc1 = acc0 - excess[:, None] * mean0, acc1 - excess[:, None] * mean1
     done = split >= 0
     if SPLIT:
         partial_ptr += block * num_partials(splits) * BLOCK_Q * (D0 + D1)
