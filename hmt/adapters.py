@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hmt.backbone import unwrap
 from hmt.model import HMTForCausalLM
-from hmt.state_file import digest_of, write_whole
+from hmt.state_file import digest_of, digest_of_fields, write_whole
 
 TRAINABLE = ("full", "lora", "memory")
 FILE = "hmt_adapter.safetensors"
@@ -95,7 +94,7 @@ def save_adapter(
         "lora": scales,
         "sha256": {name: digest_of(name, tensor) for name, tensor in tensors.items()},
     }
-    metadata[DIGEST] = _digest_of_metadata(metadata)
+    metadata[DIGEST] = digest_of_fields(metadata)
     Path(directory).mkdir(parents=True, exist_ok=True)
     # one entry, because safetensors writes several in random order: equal adapters are equal files
     write_whole(Path(directory) / FILE, save(tensors, {FORMAT: json.dumps(metadata)}))
@@ -161,7 +160,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, RuntimeError, TypeError, OverflowError, UnicodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{str(path)!r} is damaged or no safetensors file: {error}") from error
-    if DIGEST in metadata and metadata[DIGEST] != _digest_of_metadata(metadata):
+    if DIGEST in metadata and metadata.pop(DIGEST) != digest_of_fields(metadata):
         raise ValueError(f"{str(path)!r} is damaged: its metadata does not match its SHA-256")
     if metadata.get("version") != VERSION:
         raise ValueError(
@@ -173,11 +172,6 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         if metadata["sha256"][name] != digest_of(name, tensor):
             raise ValueError(f"{str(path)!r} is damaged: tensor {name!r} does not match its SHA-256")
     return tensors, metadata
-
-
-def _digest_of_metadata(metadata: dict[str, Any]) -> str:
-    others = {key: value for key, value in metadata.items() if key != DIGEST}
-    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def _merge(backbone: PreTrainedModel, tensors: dict[str, torch.Tensor], scales: dict[str, float], path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hmt.state_file import write_whole
+from hmt.state_file import digest_of_fields, write_whole
 
 MODES = ("hmt", "rmt", "baseline")
 SUMMARY_SOURCES = ("current", "previous")
@@ -102,7 +101,7 @@ class HMTConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> HMTConfig:
         """The config of a dict, which may come from a file."""
         fields = dict(config_dict)
-        if (expected := fields.pop(DIGEST, None)) is not None and expected != _digest_of(fields):
+        if (expected := fields.pop(DIGEST, None)) is not None and expected != digest_of_fields(fields):
             raise ValueError(
                 f"config.json of this HMT is damaged: its fields do not match its {DIGEST} (if they were edited on "
                 f"purpose, remove the line {DIGEST!r})"
@@ -112,7 +111,7 @@ class HMTConfig(PreTrainedConfig):
     def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
         """Write a config.json with a digest of its fields, whole or not at all."""
         fields = json.loads(self.to_json_string(use_diff))
-        fields[DIGEST] = _digest_of(self._decode_special_floats(fields))
+        fields[DIGEST] = digest_of_fields(self._decode_special_floats(fields))
         write_whole(Path(json_file_path), (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
 
     def _check(self) -> None:
@@ -167,8 +166,3 @@ class HMTConfig(PreTrainedConfig):
     def hidden_size(self) -> int:
         """Width d of the token embeddings, as generic tools read it off a config."""
         return embedding_width(self.text_config)
-
-
-def _digest_of(fields: dict[str, Any]) -> str:
-    """SHA-256 of the fields of a config.json, whatever its layout."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

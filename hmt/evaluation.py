@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 from hmt.data import Document, windows
 from hmt.model import HMTForCausalLM
 from hmt.modes import reading_as
-from hmt.reports import write_report
 from hmt.scoring import score
 
 
@@ -152,15 +150,6 @@ def report(curves: Mapping[str, Curve], segment_length: int) -> dict[str, Any]:
             for (a, b), difference in differences.items()
         ],
     }
-
-
-def save_report(found: dict[str, Any], path: str | Path) -> None:
-    """Write a report as JSON and, beside it, its curves as a picture where matplotlib is installed.
-
-    Raises:
-        OSError: a path that cannot be written.
-    """
-    write_report(found, path, draw)
 
 
 def draw(found: dict[str, Any], figure: Any) -> None:

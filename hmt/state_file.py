@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -90,6 +93,11 @@ def _state(path: Path, tensors: dict[str, Tensor], num_closed: int) -> HMTState:
     queue = tensors.get("queue")
     recent, opened = (Tokens(tensors[f"{x}.ids"], tensors.get(f"{x}.mask")) for x in ("recent", "open"))
     return HMTState(queue, num_closed, recent, opened)
+
+
+def digest_of_fields(fields: Mapping[str, Any]) -> str:
+    """SHA-256 of what JSON can hold, whatever its layout in a file."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def digest_of(name: str, tensor: Tensor) -> str:

@@ -12,6 +12,13 @@ from safetensors.torch import load_file
 pytest.importorskip("accelerate")
 
 
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (found[name] - value).norm() / value.norm()
+        assert error <= 1e-6, f"{name}: relative error {error:.1e}"
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have left their results."""
@@ -27,10 +34,7 @@ def test_two_processes_are_one(kind: str, folder: Path) -> None:
     model = distributed_step.build()
     expected = distributed_step.results(model, distributed_step.step(model))
     found = load_file(folder / f"{kind}.safetensors")
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        error = (found[name] - value).norm() / value.norm()
-        assert error <= 1e-6, f"{name}: relative error {error:.1e}"
+    assert_same(found, expected)
     assert not torch.equal(found["memory"], torch.zeros_like(found["memory"]))
 
 
@@ -48,7 +52,4 @@ def test_a_training_in_two_processes_is_one(kind: str, trainings: Path, tmp_path
     import distributed_training
 
     found, expected = load_file(trainings / f"{kind}.safetensors"), distributed_training.train(tmp_path, 4)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        error = (found[name] - value).norm() / value.norm()
-        assert error <= 1e-6, f"{name}: relative error {error:.1e}"
+    assert_same(found, expected)

@@ -12,8 +12,9 @@ import torch
 from backbones import VOCAB, hmt_model
 
 from hmt.data import Document
-from hmt.evaluation import Curve, compare, read_curve, report, save_report
+from hmt.evaluation import Curve, compare, draw, read_curve, report
 from hmt.loss import shift_left
+from hmt.reports import write_report
 
 
 def texts(*lengths: int) -> list[Document]:
@@ -100,7 +101,7 @@ def test_a_report_is_json_and_a_picture(plots: bool, tmp_path: Path, monkeypatch
     else:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     a, b = drawn(-0.05, 0.1, seed=0)
-    save_report(report({"hmt": a, "rmt": b, "baseline": b}, 10), tmp_path / "out.json")
+    write_report(report({"hmt": a, "rmt": b, "baseline": b}, 10), tmp_path / "out.json", draw)
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["readings"]["hmt"]["perplexity"] == pytest.approx(a.perplexity)
     assert found["readings"]["rmt"]["perplexity_by_segment"] == pytest.approx(b.by_segment())
