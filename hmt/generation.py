@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 from transformers.generation import GenerationMixin
 
 from hmt.state import HMTState
+
+if TYPE_CHECKING:
+    from hmt.model import HMTForCausalLM
 
 
 class HMTGenerationMixin(GenerationMixin):
@@ -83,3 +87,14 @@ class HMTGenerationMixin(GenerationMixin):
             return [state[row] for row in beam_idx.tolist()]
         state.reorder_cache(beam_idx)
         return state
+
+
+def continue_prompt(
+    model: HMTForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: Tensor, /, **options: Any
+) -> Tensor:
+    """New tokens [T'] after a prompt [1, T] of any length, which is read at constant memory; options of generate()."""
+    state = model.read(prompt[:, :-1]) if prompt.shape[1] > 1 else None
+    last = prompt[:, -1:]
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    tokens = model.generate(last, attention_mask=torch.ones_like(last), state=state, pad_token_id=pad, **options)
+    return tokens[0, 1:]

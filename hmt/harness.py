@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hmt.generation import continue_prompt
 from hmt.loading import load
 from hmt.scoring import score
 
@@ -130,19 +131,10 @@ class HMTLM(TemplateLM):
         if not options["do_sample"]:
             options = {name: value for name, value in options.items() if name not in ("temperature", "top_p", "top_k")}
         ids = self._ids(self.tok_encode(context) or [self.prefix_token_id])
-        state = self.model.read(ids[:, :-1]) if ids.shape[1] > 1 else None
-        last = ids[:, -1:]
         if until:
             options.update(stop_strings=until, tokenizer=self.tokenizer)
-        pad = self.tokenizer.pad_token_id
-        tokens = self.model.generate(
-            last,
-            attention_mask=torch.ones_like(last),
-            state=state,
-            pad_token_id=self.eot_token_id if pad is None else pad,
-            **options,
-        )
-        text = self.tokenizer.decode(tokens[0, 1:], skip_special_tokens=True)
+        tokens = continue_prompt(self.model, self.tokenizer, ids, **options)
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return text[: min((at for stop in until if (at := text.find(stop)) >= 0), default=len(text))]
 
     def _each(

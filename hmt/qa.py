@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hmt.data import encode_question
 from hmt.evaluation import bootstrap
+from hmt.generation import continue_prompt
 from hmt.model import HMTForCausalLM
 from hmt.modes import reading_as
 
@@ -94,17 +95,8 @@ def answer_questions(
         references = [record["answer"]] if isinstance(record["answer"], str) else list(record["answer"])
         prompt = encode_question(record, tokenizer)[None].to(model.device)
         with reading_as(model, mode, summary_source):
-            state = model.read(prompt[:, :-1])
-            last = prompt[:, -1:]
-            tokens = model.generate(
-                last,
-                attention_mask=torch.ones_like(last),
-                state=state,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            )
-        prediction = first_line(tokenizer.decode(tokens[0, 1:], skip_special_tokens=True))
+            tokens = continue_prompt(model, tokenizer, prompt, max_new_tokens=max_new_tokens, do_sample=False)
+        prediction = first_line(tokenizer.decode(tokens, skip_special_tokens=True))
         best = [max(score(prediction, reference) for reference in references) for score in (f1, rouge_l)]
         yield Answer(record["question"], prediction, references, prompt.shape[1], *best)
 

@@ -24,6 +24,7 @@ from hmt.backbone import embed, run_layers, unwrap
 from hmt.state import HMTState
 from hmt.tokens import Tokens
 from hmt_kernels import memory_recall_step
+from hmt_kernels.dispatch import selected
 
 if TYPE_CHECKING:
     from hmt.model import HMTForCausalLM
@@ -141,7 +142,8 @@ def _dependencies(model: HMTForCausalLM) -> tuple[Any, ...]:
     """What a captured step does not look at again: where all weights lie, and how the layers compute."""
     config, kind = model.config, model.device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    how = (model.training, unwrap(model.backbone).config._attn_implementation, model.recall.softmax_scale, autocast)
+    attention = unwrap(model.backbone).config._attn_implementation
+    how = (model.training, attention, selected(), model.recall.softmax_scale, autocast)
     shape = (config.segment_length, config.num_sensory, config.cuda_graphs, config.compile_step)
     weights = chain(model.parameters(), model.buffers())
     return (*how, *shape, *((w.data_ptr(), w.dtype, w.shape, w.stride()) for w in weights))

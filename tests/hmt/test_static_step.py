@@ -14,6 +14,7 @@ from backbones import hmt_model, token_ids
 from hmt import HMTForCausalLM, static_step
 from hmt.passes import read_segments
 from hmt.tokens import Tokens
+from hmt_kernels import use_impl
 
 
 @pytest.fixture
@@ -142,6 +143,16 @@ def test_a_captured_step_never_runs_with_stale_weights(change: Callable, graphs:
     torch.testing.assert_close(found.queue, expected.queue, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(found.queue.float(), before.queue)
     assert len(graphs) == (1 if change is in_place else 2)
+
+
+@torch.no_grad()
+def test_another_implementation_leads_to_a_new_capture(graphs: list) -> None:
+    model, _ = pair()
+    ids = token_ids(1, 16 * 4)
+    model.read(ids)
+    with use_impl("reference"):
+        model.read(ids)
+    assert len(graphs) == 2
 
 
 @torch.no_grad()

@@ -15,3 +15,18 @@ def emulated_module(tmp_path_factory):
     if "PYTEST_XDIST_WORKER" in os.environ:  # the workers of one run have their folders in a common one
         folder = folder.parent
     return build.build_module(folder / "emulated")
+
+
+@pytest.fixture
+def emulate(emulated_module, monkeypatch):
+    """Makes hmt_kernels.*.cuda work on CPU tensors, for a card of 132 multiprocessors."""
+
+    def emulate(cuda):
+        monkeypatch.setattr(cuda, "_C", emulated_module)
+        monkeypatch.setattr(cuda, "stream", lambda device: 0)
+        if hasattr(cuda, "_sm_count"):
+            monkeypatch.setattr(cuda, "_sm_count", lambda device: 132)
+        emulated_module.set_seed(0)
+        return emulated_module
+
+    return emulate

@@ -67,12 +67,8 @@ class Inputs(NamedTuple):
 
 
 @pytest.fixture
-def emulated(emulated_module, monkeypatch):
-    """hmt_kernels.segment_attention.cuda on CPU tensors."""
-    monkeypatch.setattr(cuda, "_C", emulated_module)
-    monkeypatch.setattr(cuda, "stream", lambda device: 0)
-    emulated_module.set_seed(0)
-    return Backend("cpu", emulated_module)
+def emulated(emulate):
+    return Backend("cpu", emulate(cuda))
 
 
 @pytest.fixture(params=["emulated", "device"] if ON_DEVICE else ["emulated"])

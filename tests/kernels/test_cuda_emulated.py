@@ -40,13 +40,8 @@ class Backend(NamedTuple):
 
 
 @pytest.fixture
-def emulated(emulated_module, monkeypatch):
-    """hmt_kernels.memory_recall.cuda on CPU tensors, for a card of 132 multiprocessors."""
-    monkeypatch.setattr(cuda, "_C", emulated_module)
-    monkeypatch.setattr(cuda, "_sm_count", lambda device: 132)
-    monkeypatch.setattr(cuda, "stream", lambda device: 0)
-    emulated_module.set_seed(0)
-    return Backend("cpu", emulated_module)
+def emulated(emulate):
+    return Backend("cpu", emulate(cuda))
 
 
 @pytest.fixture(params=["emulated", "device"] if ON_DEVICE else ["emulated"])

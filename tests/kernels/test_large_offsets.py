@@ -31,12 +31,9 @@ def far_apart(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 @pytest.fixture
-def emulated(emulated_module, monkeypatch):
-    """Both CUDA modules on CPU tensors."""
+def emulated(emulate):
     for module in (cuda_recall, cuda_attention):
-        monkeypatch.setattr(module, "_C", emulated_module)
-        monkeypatch.setattr(module, "stream", lambda device: 0)
-    monkeypatch.setattr(cuda_recall, "_sm_count", lambda device: 132)
+        emulate(module)
 
 
 def agree(results, expected, impl):

@@ -179,11 +179,8 @@ def poisoned_memory(monkeypatch):
 
 
 @pytest.fixture
-def emulated(emulated_module, monkeypatch):
-    """hmt_kernels.memory_recall.cuda on CPU tensors, for a card of 132 multiprocessors."""
-    monkeypatch.setattr(cuda, "_C", emulated_module)
-    monkeypatch.setattr(cuda, "_sm_count", lambda device: 132)
-    monkeypatch.setattr(cuda, "stream", lambda device: 0)
+def emulated(emulate):
+    emulate(cuda)
 
 
 @cases(in_ci=70, share=0.3)

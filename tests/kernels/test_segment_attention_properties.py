@@ -161,10 +161,8 @@ def poisoned_memory(monkeypatch):
 
 
 @pytest.fixture
-def emulated(emulated_module, monkeypatch):
-    """hmt_kernels.segment_attention.cuda on CPU tensors."""
-    monkeypatch.setattr(cuda, "_C", emulated_module)
-    monkeypatch.setattr(cuda, "stream", lambda device: 0)
+def emulated(emulate):
+    emulate(cuda)
 
 
 @cases(in_ci=70, share=0.35)
