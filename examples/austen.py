@@ -34,10 +34,12 @@ from hmt.training import HMTTrainer, Stage
 
 SETTINGS = {"segment_length": 64, "num_sensory": 8, "queue_size": 32}
 RECALL_SCALE = 640.0  # spreads the scores of memories of this length over about 1, with projections that change nothing
-STAGES = {"base": (Stage(44, (4,)), Stage(22, (8,))), **dict.fromkeys(MODES, (Stage(32, (8,)),))}
-BATCH_SIZE = {"base": 2, **dict.fromkeys(MODES, 1)}
-RANK = {"base": 8, **dict.fromkeys(MODES, 4)}
-LEARNING_RATE, MEMORY_LEARNING_RATE, WARMUP_STEPS = 1e-3, 5e-4, 6
+STAGES = {"base": (Stage(44, (4,)), Stage(22, (8,))), **dict.fromkeys(MODES, (Stage(96, (8,)), Stage(24, (16,))))}
+BATCH_SIZE = {"base": 2, **dict.fromkeys(MODES, 4)}
+RANK = 8
+LEARNING_RATE, MEMORY_LEARNING_RATE, WARMUP_STEPS = 1e-3, 1e-3, 6
+# Gradients through more segments are now and then a thousand times as long, and drown the others.
+BPTT_DEPTH, MAX_GRAD_NORM, ADAM_BETA2 = 4, 0.3, 0.99
 READINGS = {
     "hmt": ("hmt", None),
     "hmt-causal": ("hmt", "previous"),
@@ -59,7 +61,7 @@ def build(name: str, base: Path) -> HMTForCausalLM:
         backbone = load_adapter(base, backbone).backbone
     recall = {"recall_softmax_scale": RECALL_SCALE} if mode == "hmt" else {}
     model = HMTForCausalLM.from_backbone(
-        backbone, mode=mode, rematerialize=False, loss_chunk_size=1024, **recall, **SETTINGS
+        backbone, mode=mode, bptt_depth=BPTT_DEPTH, rematerialize=False, loss_chunk_size=1024, **recall, **SETTINGS
     )
     with torch.no_grad():
         for slot in ("memory", "summary_prompt"):
@@ -69,9 +71,10 @@ def build(name: str, base: Path) -> HMTForCausalLM:
             nn.init.eye_(model.recall.wq.weight)
             nn.init.eye_(model.recall.wk.weight)
     torch.manual_seed(0)  # the same LoRA factors for every mode
-    select(
-        model, "lora", rank=RANK[name], alpha=2 * RANK[name], target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
-    )
+    select(model, "lora", rank=RANK, alpha=2 * RANK, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()  # what autocast would make of it anew for each product
     return model
 
 
@@ -85,11 +88,14 @@ def train(name: str, documents: list[Document], arguments: argparse.Namespace) -
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="linear",
             warmup_steps=WARMUP_STEPS,
+            max_grad_norm=MAX_GRAD_NORM,
+            adam_beta2=ADAM_BETA2,
             per_device_train_batch_size=arguments.batch_size or BATCH_SIZE[name],
             logging_steps=1,
             save_strategy="no",
             report_to="none",
             use_cpu=arguments.device == "cpu",
+            bf16=True,
             dataloader_pin_memory=False,
         )
         stages = arguments.stage or STAGES[name]

@@ -145,6 +145,9 @@ def main() -> int:
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     sys.dont_write_bytecode = True
+    import hypothesis  # noqa: F401
+    import torch._dynamo  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
     import triton  # noqa: F401
 
     with tempfile.TemporaryDirectory() as folder:
