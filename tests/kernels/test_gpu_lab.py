@@ -74,10 +74,12 @@ def test_a_second_call_goes_on_where_the_first_stopped(tmp_path):
 
 
 KILLED = """
+import signal
 import sys
 from pathlib import Path
 from benchmarks.gpu_lab import __main__ as lab
 from benchmarks.parts import Part
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who is started in the background ignores it
 out = Path(sys.argv[1])
 todo = [Part("build", [sys.executable, "-c", "print(1)"], 60), Part("tests", ["sleep", "300"], 300)]
 lab.run(todo, out, None, 300)
