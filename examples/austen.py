@@ -5,8 +5,9 @@
 
 The novels are Emma, Mansfield Park, Pride and Prejudice, and Sense and Sensibility, numbers 158, 141, 1342 and 161 of
 Project Gutenberg (gutenberg.org). The adapter "base" makes SmolLM2-135M-Instruct, as `make demo` converts it, used to
-them and to short segments, without memory. From there "hmt", "rmt" and "baseline" go on with the same LoRA layers,
-texts, order of texts, steps and learning rates: they differ in their memory alone.
+them and to short segments, without memory. From there the READERS go on with the same LoRA layers, texts, order of
+texts, steps and learning rates. They differ in their memory alone, as those of HMT-pytorch do: "hmt" has all of it,
+"rmt" passes one memory embedding along, "baseline" has none; "sensory" is the part of HMT that is no embedding.
 """
 
 from __future__ import annotations
@@ -26,26 +27,31 @@ from transformers.utils import logging as transformers_logging
 
 from hmt import HMTForCausalLM
 from hmt.adapters import load_adapter, save_adapter, select
-from hmt.config import MODES
 from hmt.data import Document, load_documents
 from hmt.evaluation import Curve, draw, read_curve, report
 from hmt.reports import write_report
 from hmt.training import HMTTrainer, Stage
 
-SETTINGS = {"segment_length": 64, "num_sensory": 8, "queue_size": 32}
+SEGMENT_LENGTH, NUM_SENSORY, QUEUE_SIZE = 64, 8, 32
+READERS = {
+    "hmt": {"mode": "hmt", "num_sensory": NUM_SENSORY},
+    "rmt": {"mode": "rmt", "num_sensory": 0},
+    "sensory": {"mode": "baseline", "num_sensory": NUM_SENSORY},
+    "baseline": {"mode": "baseline", "num_sensory": 0},
+}
 RECALL_SCALE = 640.0  # spreads the scores of memories of this length over about 1, with projections that change nothing
-STAGES = {"base": (Stage(44, (4,)), Stage(22, (8,))), **dict.fromkeys(MODES, (Stage(96, (8,)), Stage(24, (16,))))}
-BATCH_SIZE = {"base": 2, **dict.fromkeys(MODES, 4)}
+STAGES = {"base": (Stage(44, (4,)), Stage(22, (8,))), **dict.fromkeys(READERS, (Stage(64, (8,)),))}
+BATCH_SIZE = {"base": 2, **dict.fromkeys(READERS, 4)}
 RANK = 8
-LEARNING_RATE, MEMORY_LEARNING_RATE, WARMUP_STEPS = 1e-3, 1e-3, 6
+LEARNING_RATE = {"base": 1e-3, **dict.fromkeys(READERS, 3e-3)}
+MEMORY_LEARNING_RATE, WARMUP_STEPS = 1e-3, 6
 # Gradients through more segments are now and then a thousand times as long, and drown the others.
 BPTT_DEPTH, MAX_GRAD_NORM, ADAM_BETA2 = 4, 0.3, 0.99
 READINGS = {
     "hmt": ("hmt", None),
     "hmt-causal": ("hmt", "previous"),
-    "rmt": ("rmt", None),
-    "baseline": ("baseline", None),
 }
+READINGS |= {name: (name, None) for name in READERS if name != "hmt"}
 RESULT = Path(__file__).parent / "results" / "persuasion.json"
 
 
@@ -56,18 +62,23 @@ def build(name: str, base: Path) -> HMTForCausalLM:
     """
     first_token = AutoTokenizer.from_pretrained(MODEL)("\n").input_ids[0]
     backbone = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    mode = "baseline" if name == "base" else name
     if name != "base":
         backbone = load_adapter(base, backbone).backbone
-    recall = {"recall_softmax_scale": RECALL_SCALE} if mode == "hmt" else {}
     model = HMTForCausalLM.from_backbone(
-        backbone, mode=mode, bptt_depth=BPTT_DEPTH, rematerialize=False, loss_chunk_size=1024, **recall, **SETTINGS
+        backbone,
+        **READERS["sensory" if name == "base" else name],
+        segment_length=SEGMENT_LENGTH,
+        queue_size=QUEUE_SIZE,
+        recall_softmax_scale=RECALL_SCALE,
+        bptt_depth=BPTT_DEPTH,
+        rematerialize=False,
+        loss_chunk_size=1024,
     )
     with torch.no_grad():
         for slot in ("memory", "summary_prompt"):
             if hasattr(model, slot):
                 getattr(model, slot).copy_(model.get_input_embeddings().weight[first_token])
-        if mode == "hmt":
+        if name == "hmt":
             nn.init.eye_(model.recall.wq.weight)
             nn.init.eye_(model.recall.wk.weight)
     torch.manual_seed(0)  # the same LoRA factors for every mode
@@ -85,7 +96,7 @@ def train(name: str, documents: list[Document], arguments: argparse.Namespace) -
     with tempfile.TemporaryDirectory() as folder:
         options = TrainingArguments(
             folder,
-            learning_rate=LEARNING_RATE,
+            learning_rate=LEARNING_RATE[name],
             lr_scheduler_type="linear",
             warmup_steps=WARMUP_STEPS,
             max_grad_norm=MAX_GRAD_NORM,
@@ -113,9 +124,9 @@ def train(name: str, documents: list[Document], arguments: argparse.Namespace) -
 def evaluate(documents: list[Document], adapters: Path, segments: int, stretches: int, device: str) -> dict[str, Curve]:
     """Every reading's curve on the same stretches of the text."""
     curves = {}
-    for label, (mode, source) in READINGS.items():
+    for label, (name, source) in READINGS.items():
         backbone = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-        model = load_adapter(adapters / mode, load_adapter(adapters / "base", backbone).backbone).eval().to(device)
+        model = load_adapter(adapters / name, load_adapter(adapters / "base", backbone).backbone).eval().to(device)
         found = read_curve(model, documents, segments, summary_source=source, limit=stretches)
         for curve in tqdm(found, desc=label, unit="stretch"):
             curves[label] = curve
@@ -135,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     measuring = commands.add_parser("evaluate", help="compare how well the adapters predict a text")
     measuring.add_argument("--text", type=Path, default=NOVEL)
     measuring.add_argument("--segments", type=int, default=16, help="of a stretch read with one memory (default 16)")
-    measuring.add_argument("--stretches", type=int, default=12, help="read only the first so many (default 12)")
+    measuring.add_argument("--stretches", type=int, default=32, help="read only the first so many (default 32)")
     measuring.add_argument("--output", type=Path, default=RESULT, help="JSON, with a plot beside it")
     arguments = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
@@ -151,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     documents = load_documents(arguments.text, tokenizer)
     curves = evaluate(documents, arguments.adapters, arguments.segments, arguments.stretches, arguments.device)
-    found = report(curves, SETTINGS["segment_length"])
+    found = report(curves, SEGMENT_LENGTH)
     for label, reading in found["readings"].items():
         print(f"{label:>12}  perplexity {reading['perplexity']:.3f} on {reading['tokens_predicted']:,} tokens")
     for c in found["comparisons"]:
