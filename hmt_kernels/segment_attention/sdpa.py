@@ -79,6 +79,8 @@ def _sdpa(
     is_causal: bool,
     softmax_scale: float | None,
 ) -> torch.Tensor:
+    if 1 in q.stride()[:-1]:  # PyTorch lays the result out as q lies, and rows of q that overlap would share it
+        q = q.contiguous()
     enable_gqa = False
     if q.shape[1] != k.shape[1]:
         # On CUDA only the flash backend shares key heads; the one for masks and float32 would give way to plain math.

@@ -216,6 +216,18 @@ def test_stride_zero_inputs_and_gradients(impl):
         torch.testing.assert_close(actual, 3 * wanted)
 
 
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+@pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "head", "row"])
+def test_queries_that_overlap(dim, impl):
+    """Neighbours begin one element apart in memory."""
+    strides = [64, 32, 16, 1]
+    strides[dim] = 1
+    q = torch.randn(128).as_strided((2, 2, 2, 16), strides)
+    k, v = torch.randn(2, 2, 2, 2, 16)
+    o = segment_attention(q, k, v, impl=impl)
+    torch.testing.assert_close(o, segment_attention(q.contiguous(), k, v, impl=impl))
+
+
 def test_results_of_the_operator_are_laid_out_as_its_inputs():
     (q, k, v), _, _ = make_case((2, 4, 2, 9, 20, 32), torch.float32)
     q, k = (x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k))
