@@ -39,7 +39,7 @@ def attend(
             k, v = k[:, :, unseen:], v[:, :, unseen:]
             cos = None if cos is None else cos[:, unseen:]
             sin = None if sin is None else sin[:, unseen:]
-            pad_span = None if pad_span is None else pad_span - unseen
+            pad_span = None if pad_span is None else pad_span.clamp(min=0) - unseen  # within int32
         if window_size >= k.shape[2]:
             window_size = None
     if cos is not None and sin is not None:

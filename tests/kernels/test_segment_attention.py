@@ -43,6 +43,7 @@ CASES = {
     "hole-shorter-queries": {"shape": (2, 2, 1, 6, 40, 32), "pad_span": [(2, 37), (0, 40)]},
     "hole-decoding": {"shape": (3, 2, 1, 1, 40, 32), "pad_span": [(2, 9), (0, 40), (39, 40)]},
     "hole-window-decoding": {"shape": (3, 2, 1, 1, 40, 32), "pad_span": [(2, 9), (32, 40), (30, 35)], "window_size": 8},
+    "hole-of-least-int32": {"shape": (1, 2, 1, 1, 40, 32), "pad_span": [(0, -(2**31))], "window_size": 8},
     "rotary": {"shape": (2, 4, 2, 33, 33, 32), "rotary": (1, 32)},
     "rotary-per-row": {"shape": (2, 4, 2, 33, 33, 32), "rotary": (2, 32)},
     "rotary-partial": {"shape": (2, 4, 2, 33, 33, 80), "rotary": (1, 20)},
