@@ -79,8 +79,7 @@ def _sdpa(
     is_causal: bool,
     softmax_scale: float | None,
 ) -> torch.Tensor:
-    if 1 in q.stride()[:-1]:  # PyTorch lays the result out as q lies, and rows of q that overlap would share it
-        q = q.contiguous()
+    q, k, v = _apart(q), _apart(k), _apart(v)
     enable_gqa = False
     if q.shape[1] != k.shape[1]:
         # On CUDA only the flash backend shares key heads; the one for masks and float32 would give way to plain math.
@@ -92,6 +91,11 @@ def _sdpa(
     return F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=is_causal, scale=softmax_scale, enable_gqa=enable_gqa
     )
+
+
+def _apart(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy if its rows overlap: PyTorch lays the result out as q lies, and oneDNN refuses such keys."""
+    return x.contiguous() if any(0 < stride < x.shape[-1] for stride in x.stride()[:-1]) else x
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

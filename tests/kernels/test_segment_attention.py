@@ -217,16 +217,24 @@ def test_stride_zero_inputs_and_gradients(impl):
         torch.testing.assert_close(actual, 3 * wanted)
 
 
-@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "head", "row"])
-def test_queries_that_overlap(dim, impl):
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["q", "k", "v"])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_rows_that_overlap(heads, which, dim, dtype, impl):
     """Neighbours begin one element apart in memory."""
-    strides = [64, 32, 16, 1]
+    shape = (heads, heads, 6, 114)
+    qkv = [torch.randn(shape, dtype=dtype) for _ in range(3)]
+    strides = list(qkv[0].stride())
     strides[dim] = 1
-    q = torch.randn(128).as_strided((2, 2, 2, 16), strides)
-    k, v = torch.randn(2, 2, 2, 2, 16)
-    o = segment_attention(q, k, v, impl=impl)
-    torch.testing.assert_close(o, segment_attention(q.contiguous(), k, v, impl=impl))
+    qkv[which] = torch.randn(4000).to(dtype).as_strided(shape, strides)
+    results = []
+    for inputs in (qkv, [x.contiguous() for x in qkv]):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        o = segment_attention(*inputs, impl=impl)
+        results.append((o, *torch.autograd.grad(o.sum(), inputs)))
+    torch.testing.assert_close(*results)
 
 
 def test_results_of_the_operator_are_laid_out_as_its_inputs():
