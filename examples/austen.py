@@ -17,6 +17,7 @@ import csv
 import os
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from read_novel import ADAPTERS, MODEL, NOVEL, convert
@@ -40,19 +41,34 @@ READERS = {
     "baseline": {"mode": "baseline", "num_sensory": 0},
 }
 RECALL_SCALE = 640.0  # spreads the scores of memories of this length over about 1, with projections that change nothing
-STAGES = {"base": (Stage(44, (4,)), Stage(22, (8,))), **dict.fromkeys(READERS, (Stage(64, (8,)),))}
-BATCH_SIZE = {"base": 2, **dict.fromkeys(READERS, 4)}
-RANK = 8
-LEARNING_RATE = {"base": 1e-3, **dict.fromkeys(READERS, 3e-3)}
-MEMORY_LEARNING_RATE, WARMUP_STEPS = 1e-3, 6
-# Gradients through more segments are now and then a thousand times as long, and drown the others.
-BPTT_DEPTH, MAX_GRAD_NORM, ADAM_BETA2 = 4, 0.3, 0.99
-READINGS = {
-    "hmt": ("hmt", None),
-    "hmt-causal": ("hmt", "previous"),
-}
-READINGS |= {name: (name, None) for name in READERS if name != "hmt"}
+RANK, WARMUP_STEPS, MEMORY_LEARNING_RATE = 8, 6, 1e-3
+BPTT_DEPTH = 4  # gradients through more segments are now and then a thousand times as long, and drown the others
+READINGS = {"hmt": ("hmt", None), "hmt-causal": ("hmt", "previous"), **{name: (name, None) for name in READERS}}
 RESULT = Path(__file__).parent / "results" / "persuasion.json"
+
+
+class Recipe(NamedTuple):
+    """What the training of "base" and that of the readers have differently."""
+
+    stages: tuple[Stage, ...]
+    batch_size: int
+    learning_rate: float
+    max_grad_norm: float
+    adam_beta2: float
+    bf16: bool
+
+
+BASE = Recipe(
+    stages=(Stage(44, (4,)), Stage(22, (8,))),
+    batch_size=2,
+    learning_rate=1e-3,
+    max_grad_norm=1.0,
+    adam_beta2=0.999,
+    bf16=False,
+)
+READER = Recipe(
+    stages=(Stage(64, (8,)),), batch_size=4, learning_rate=3e-3, max_grad_norm=0.3, adam_beta2=0.99, bf16=True
+)
 
 
 def build(name: str, base: Path) -> HMTForCausalLM:
@@ -83,33 +99,34 @@ def build(name: str, base: Path) -> HMTForCausalLM:
             nn.init.eye_(model.recall.wk.weight)
     torch.manual_seed(0)  # the same LoRA factors for every mode
     select(model, "lora", rank=RANK, alpha=2 * RANK, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.bfloat16()  # what autocast would make of it anew for each product
     return model
 
 
 def train(name: str, documents: list[Document], arguments: argparse.Namespace) -> None:
     """Train one adapter, and write it and the log of its training."""
     base, target = arguments.adapters / "base", arguments.adapters / name
-    model = build(name, base)
+    recipe, model = BASE if name == "base" else READER, build(name, base)
+    if recipe.bf16:
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()  # what autocast would make of it anew for each product
     with tempfile.TemporaryDirectory() as folder:
         options = TrainingArguments(
             folder,
-            learning_rate=LEARNING_RATE[name],
+            learning_rate=recipe.learning_rate,
             lr_scheduler_type="linear",
             warmup_steps=WARMUP_STEPS,
-            max_grad_norm=MAX_GRAD_NORM,
-            adam_beta2=ADAM_BETA2,
-            per_device_train_batch_size=arguments.batch_size or BATCH_SIZE[name],
+            max_grad_norm=recipe.max_grad_norm,
+            adam_beta2=recipe.adam_beta2,
+            per_device_train_batch_size=arguments.batch_size or recipe.batch_size,
             logging_steps=1,
             save_strategy="no",
             report_to="none",
             use_cpu=arguments.device == "cpu",
-            bf16=True,
+            bf16=recipe.bf16,
             dataloader_pin_memory=False,
         )
-        stages = arguments.stage or STAGES[name]
+        stages = arguments.stage or recipe.stages
         trainer = HMTTrainer(model, options, documents, stages, memory_learning_rate=MEMORY_LEARNING_RATE)
         trainer.train()
     below = os.path.relpath(MODEL if name == "base" else base, MODEL.parents[1])  # from the repository's root
@@ -140,7 +157,9 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train the adapters of all modes")
     training.add_argument("novels", type=Path, help="folder of text files")
-    training.add_argument("--only", action="append", choices=STAGES, help="repeat for several (default all)")
+    training.add_argument(
+        "--only", action="append", choices=["base", *READERS], help="repeat for several (default all)"
+    )
     training.add_argument("--stage", action="append", type=Stage.parse, metavar="STEPS:SEGMENTS[:MODE]")
     training.add_argument("--batch-size", type=int, metavar="B")
     measuring = commands.add_parser("evaluate", help="compare how well the adapters predict a text")
@@ -157,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     if arguments.command == "train":
         documents = load_documents(arguments.novels, tokenizer)
-        for name in arguments.only or STAGES:
+        for name in arguments.only or ("base", *READERS):
             train(name, documents, arguments)
         return
     documents = load_documents(arguments.text, tokenizer)

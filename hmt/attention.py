@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from hmt.tokens import hidden_run
 from hmt_kernels import segment_attention
-from hmt_kernels.autocast import knows_autocast
+from hmt_kernels.autocast import is_autocast_enabled
 
 NAME = "hmt"
 
@@ -124,7 +124,7 @@ def read_mask(module: Any, mask: Tensor, window_size: int | None) -> tuple[Tenso
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype that torch.autocast gives SDPA; rotary tables in float32 raise q and k, but not v."""
     device_type = tensors[0].device.type
-    if not knows_autocast(device_type) or not torch.is_autocast_enabled(device_type):
+    if not is_autocast_enabled(device_type):
         return tensors
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return tensors
