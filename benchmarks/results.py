@@ -83,7 +83,9 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The checked out commit, with "+" when the tree differs from it, these results aside."""
+    """The checked out commit, with "+" when the tree differs from it, these results aside; or HMT_BENCH_COMMIT."""
+    if given := os.environ.get("HMT_BENCH_COMMIT"):  # of a copy of the files alone
+        return given
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:

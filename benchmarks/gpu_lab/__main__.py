@@ -16,8 +16,10 @@ from benchmarks.parts import Part, Result
 PYTHON = sys.executable
 TOTAL_SECONDS = 535
 # what runs on the device, not what emulates one
-TESTS = ["tests/kernels", "tests/hmt/test_rotary_in_use.py"]
-TESTS += [f"--ignore-glob=*{name}*" for name in ("emulat", "sanitizers", "audit", "gpu_lab")]
+KERNEL_TESTS = ("cuda_recall", "cuda_attention", "triton_recall", "triton_recall_operator", "triton_recall_step")
+KERNEL_TESTS += ("triton_attention", "triton_attention_operator", "memory_recall_step")
+TESTS = [f"tests/kernels/test_{name}.py" for name in KERNEL_TESTS]
+TESTS += ["tests/hmt/test_on_cuda.py", "tests/hmt/test_rotary_in_use.py::test_on_cuda_the_default_fuses"]
 SELECTION = [PYTHON, "-m", "benchmarks.gpu_lab.selection"]
 COLUMNS = ("part", "result", "seconds", "detail", "commit")
 
@@ -25,7 +27,8 @@ COLUMNS = ("part", "result", "seconds", "detail", "commit")
 def lab_parts(out: Path) -> list[Part]:
     """Their limits add up to less than TOTAL_SECONDS, so that none takes another's time."""
     build = [PYTHON, "setup.py", "build_ext", "--inplace"]
-    tests = pytest(*TESTS, "-n", "8", "--dist=loadfile")
+    workers = str(max(1, min(14, (os.cpu_count() or 1) - 1)))
+    tests = pytest(*TESTS, "-p", "benchmarks.gpu_lab.on_device", "-n", workers, "--dist=worksteal", "--tb=short")
     tools = ("memcheck", "racecheck", "initcheck", "synccheck")
     audit = [PYTHON, "-m", "benchmarks.audit", "--table", str(out / "audit.csv"), "--measure"]
     counters = ",".join(summary.COUNTERS)
