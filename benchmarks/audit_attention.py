@@ -34,7 +34,8 @@ def attention_cases(target: Target, every_shape: bool, device: str = "meta") -> 
                     if small.label != large.label:
                         yield small
     for dim in (64, 96) if every_shape else (96,):
-        yield attention_case("prepare", 8, dim, torch.bfloat16, target, device=device)
+        for settings in ({}, PLAIN):
+            yield attention_case("prepare", 8, dim, torch.bfloat16, target, device=device, **settings)
 
 
 def attention_case(
@@ -61,8 +62,9 @@ def attention_case(
     given = {"cos": table, "sin": table, "pad_span": span, "window_size": length // 2} | settings
     problem = plans.Problem(q, k, k, **given, softmax_scale=0.125, target=target)  # type: ignore[arg-type]
     stats = zeros(2, *lse.shape)
+    rotated = (None, None) if problem.cos is None else (k, q)
     launch = {
-        "prepare": lambda: plans.plan_prepare(problem, k, q, (q, lse), (q, lse), stats),
+        "prepare": lambda: plans.plan_prepare(problem, *rotated, (q, lse), (q, lse), stats),
         "forward": lambda: plans.plan_forward(problem, k, q, lse),
         "decode": lambda: plans.plan_decode(problem, q, lse),
         "dkdv": lambda: plans.plan_dkdv(problem, q, k, q, stats, k, k),

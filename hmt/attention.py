@@ -54,8 +54,7 @@ def hmt_mask(
         if attention_mask is None:
             return nothing
         visible = attention_mask[:, kv_offset : kv_offset + kv_length]
-        # padding is read on the host, which compiled code cannot do
-        if visible.shape[1] == kv_length and not torch.compiler.is_compiling():
+        if visible.shape[1] == kv_length and _host_can_read(visible):
             if bool(visible.all()):
                 return nothing
             span = pad_span_of(visible)
@@ -73,6 +72,12 @@ def hmt_mask(
         allow_is_causal_skip=False,
         **kwargs,
     )
+
+
+def _host_can_read(mask: Tensor) -> bool:
+    """Whether its values may be looked at here: neither compiled nor captured code can do that."""
+    capturing = mask.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (capturing or torch.compiler.is_compiling())
 
 
 def hmt_attention(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import platform
 
@@ -27,8 +28,17 @@ def cuda() -> str:
         return "none: this PyTorch is built without CUDA"
     if not torch.cuda.is_available():
         return f"runtime {torch.version.cuda}, no usable driver or device"
-    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-    return f"runtime {torch.version.cuda}, driver {driver // 1000}.{driver % 1000 // 10}"
+    return f"runtime {torch.version.cuda}, driver {driver()}"
+
+
+def driver() -> str:
+    """The newest version of CUDA that the driver knows."""
+    number = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except (OSError, AttributeError):
+        return "unknown"
+    return f"{number.value // 1000}.{number.value % 1000 // 10}"
 
 
 def devices() -> list[str]:

@@ -52,12 +52,13 @@ def segment_attention_prepare_kernel(
         blocks = tl.cdiv(k_len, ROWS)
         bh, first = (pid // blocks).to(tl.int64), pid % blocks * ROWS
         b, h = bh // kv_heads, bh % kv_heads
-        turn_rows(
-            k_ptr + tl.multiple_of(b * stride_kb + h * stride_kh + first.to(tl.int64) * stride_kt, 8), stride_kt,
-            rotated_k_ptr + (bh * k_len + first) * D, D, first, k_len,
-            cos_ptr, sin_ptr, tl.multiple_of(b * stride_cb + first.to(tl.int64) * stride_ct, TABLE_ALIGN), stride_ct,
-            1, ROWS, D, R, HALF, REST, TABLE_ALIGN,
-        )  # fmt: skip
+        if rotated_k_ptr is not None:
+            table = tl.multiple_of(b * stride_cb + first.to(tl.int64) * stride_ct, TABLE_ALIGN)
+            turn_rows(
+                k_ptr + tl.multiple_of(b * stride_kb + h * stride_kh + first.to(tl.int64) * stride_kt, 8), stride_kt,
+                rotated_k_ptr + (bh * k_len + first) * D, D, first, k_len, cos_ptr, sin_ptr, table, stride_ct,
+                1, ROWS, D, R, HALF, REST, TABLE_ALIGN,
+            )  # fmt: skip
     elif stats_ptr is not None:
         blocks = tl.cdiv(q_len, ROWS)
         bh, first = ((pid - k_blocks) // blocks).to(tl.int64), (pid - k_blocks) % blocks * ROWS

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from backbones import hmt_model, token_ids
+from backbones import GROUPED, hmt_model, token_ids
 from test_training import gradients
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hmt import HMTForCausalLM, HMTState, serving, static_step
 from hmt_kernels import use_impl
@@ -50,8 +52,12 @@ def test_loss_memories_and_gradients_are_those_of_the_cpu(name: str, padded: boo
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_stays_near_float32(dtype: torch.dtype, impl: str) -> None:
     """Within twice what the reference implementations lose in the same dtype, and a little for the order of sums."""
-    exact_model = hmt_model("llama-tied").cuda()
-    model = hmt_model("llama-tied").to(device="cuda", dtype=dtype)
+    config = LlamaConfig(**(GROUPED | {"hidden_size": 256}))  # heads of 64 features, which both have kernels for
+    torch.manual_seed(0)
+    exact_model = HMTForCausalLM.from_backbone(
+        AutoModelForCausalLM.from_config(config).eval(), segment_length=16, num_sensory=3, queue_size=3
+    ).cuda()
+    model = copy.deepcopy(exact_model).to(dtype)
     ids = token_ids(2, 16 * 6).cuda()
     with torch.no_grad():
         exact = exact_model.read(ids).memories()

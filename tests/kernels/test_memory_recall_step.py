@@ -128,7 +128,11 @@ BAD = {
     "out-empty": ({"out": torch.zeros(2, 0, 64)}, ValueError, r"out must have shape \[B, T, D\]"),
     "out-width": ({"out": torch.zeros(2, 3, 32)}, ValueError, r"out must have shape \[B, T, D\]"),
     "out-strides": ({"out": torch.zeros(2, 64, 3).mT}, ValueError, "out must have contiguous rows"),
-    "memory-expanded": ({"memory": torch.zeros(1, 7, 64).expand(2, 7, 64)}, ValueError, "memory must have contiguous"),
+    "memory-expanded": (
+        {"memory": torch.zeros(1, 7, 64, device=DEVICE).expand(2, 7, 64)},
+        ValueError,
+        "memory must have contiguous",
+    ),
     "gradient": (
         {"new_memory": torch.zeros(2, 64, requires_grad=True)},
         ValueError,

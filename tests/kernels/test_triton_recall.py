@@ -84,6 +84,15 @@ def oracle_with_gradients(query, memory, num_valid, softmax_scale, d_recalled, d
     return recalled, lse, slot, *grads
 
 
+def lse_atol(case, exact):
+    """lse is float32 whatever the inputs are, but tensor cores cut off the last bit of a sum with every 16 products."""
+    queries, dim, dtype = case[1], case[3], case[4]
+    if queries == 1 or dtype == torch.float32 or not exact.isfinite().any():
+        return None
+    largest = max(1.0, exact[exact.isfinite()].abs().max().item())
+    return (4e-6 + dim / 16 * torch.finfo(torch.float32).eps / 2) * largest
+
+
 @pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_forward_and_gradients_are_accurate(case):
     dtype, num_valid = case[4:6]
@@ -97,7 +106,7 @@ def test_forward_and_gradients_are_accurate(case):
         oracle_with_gradients(*arguments, kind) for kind in (torch.float64, dtype, torch.float32)
     )
     assert_accurate(out.recalled, rounded[0], exact[0], "recalled")
-    assert_accurate(out.lse, rounded_lse[1], exact[1], "lse")  # float32, whatever the inputs are
+    assert_accurate(out.lse, rounded_lse[1], exact[1], "lse", lse_atol(case, exact[1]))
     assert torch.equal(out.slot, exact[2])
     assert_accurate(grads[0], rounded[3], exact[3], "d_query")
     assert_accurate(grads[1], rounded[4], exact[4], "d_memory")

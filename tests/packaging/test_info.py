@@ -42,3 +42,20 @@ def test_lists_every_implementation_with_its_reason(op_name, monkeypatch):
 def test_says_when_a_package_is_not_installed():
     assert info.version("no-such-package") == "not installed"
     assert info.version("torch") == torch.__version__
+
+
+@pytest.mark.parametrize(("library", "expected"), [(None, "unknown"), (13000, "13.0"), (12080, "12.8")])
+def test_says_what_the_driver_knows(library, expected, monkeypatch):
+    class Driver:
+        def __init__(self, name):
+            if library is None:
+                raise OSError(f"{name}: cannot open shared object file")
+
+        def cuDriverGetVersion(self, pointer):  # noqa: N802
+            pointer._obj.value = library
+
+    monkeypatch.setattr(info.ctypes, "CDLL", Driver)
+    assert info.driver() == expected
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert info.cuda() == f"runtime 13.0, driver {expected}"
