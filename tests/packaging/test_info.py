@@ -51,7 +51,7 @@ def test_says_what_the_driver_knows(library, expected, monkeypatch):
             if library is None:
                 raise OSError(f"{name}: cannot open shared object file")
 
-        def cuDriverGetVersion(self, pointer):  # noqa: N802
+        def cuDriverGetVersion(self, pointer):
             pointer._obj.value = library
 
     monkeypatch.setattr(info.ctypes, "CDLL", Driver)
