@@ -1,5 +1,7 @@
 """segment_attention backward in two kernels that add up in a fixed order: dk and dv by tiles of keys, dq of queries.
 
+Where keys are few, the query heads that share them are split over blocks, the last of which adds up what all leave.
+
 q and k are rotated already, and probabilities come from the log-sum-exp of the rows (segment_attention_prepare_kernel).
 """
 
@@ -23,13 +25,43 @@ from hmt_kernels.segment_attention.triton_blocks import (
     turn_rows,
     zero_tiles,
 )
+from hmt_kernels.triton_tiles import is_last
+
+
+@triton.jit
+def store_sums(ptr, keys, dk0, dk1, dv0, dv1, D0: tl.constexpr, D1: tl.constexpr):
+    """What one split of the heads adds to dk and dv of a tile of keys."""
+    WIDTH: tl.constexpr = D0 + D1
+    every = keys >= 0
+    store_tile(ptr, keys, every, WIDTH, dk0, 0, D0, WIDTH)
+    store_tile(ptr, keys, every, WIDTH, dk1, D0, D1, WIDTH)
+    ptr += keys.shape[0] * WIDTH
+    store_tile(ptr, keys, every, WIDTH, dv0, 0, D0, WIDTH)
+    store_tile(ptr, keys, every, WIDTH, dv1, D0, D1, WIDTH)
+
+
+@triton.jit
+def total_sums(ptr, keys, splits, D0: tl.constexpr, D1: tl.constexpr):
+    """dk and dv of a tile of keys, always added up in this order: the same bits in every run."""
+    WIDTH: tl.constexpr = D0 + D1
+    every = keys >= 0
+    dk0, dk1 = zero_tiles(keys.shape[0], D0, D1)
+    dv0, dv1 = zero_tiles(keys.shape[0], D0, D1)
+    for _ in range(splits):
+        dk0 += load_tile(ptr, keys, every, WIDTH, 0, D0, WIDTH)
+        dk1 += load_tile(ptr, keys, every, WIDTH, D0, D1, WIDTH)
+        ptr += keys.shape[0] * WIDTH
+        dv0 += load_tile(ptr, keys, every, WIDTH, 0, D0, WIDTH)
+        dv1 += load_tile(ptr, keys, every, WIDTH, D0, D1, WIDTH)
+        ptr += keys.shape[0] * WIDTH
+    return dk0, dk1, dv0, dv1
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def segment_attention_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, pad_span_ptr, do_ptr, stats_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, pad_span_ptr, do_ptr, stats_ptr, dk_ptr, dv_ptr, partial_ptr, counter_ptr,
     heads: tl.int32, q_heads: tl.int32, kv_heads: tl.int32, group: tl.int32, q_len: tl.int32, k_len: tl.int32,
-    window_size: tl.int32, dim: tl.int32, scale: tl.float32, exp_scale: tl.float32,
+    splits: tl.int32, window_size: tl.int32, dim: tl.int32, scale: tl.float32, exp_scale: tl.float32,
     stride_qb: tl.int64, stride_qh: tl.int64, stride_qt: tl.int32,
     stride_kb: tl.int64, stride_kh: tl.int64, stride_kt: tl.int32,
     stride_vb: tl.int64, stride_vh: tl.int64, stride_vt: tl.int32,
@@ -40,10 +72,12 @@ def segment_attention_bwd_dkdv_kernel(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
     WINDOW: tl.constexpr, HOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, STAGES: tl.constexpr, TABLE_ALIGN: tl.constexpr, EXP_UNIT: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     # The first keys, which the most rows see, first; the last tile, perhaps short, is seen by the fewest.
-    kv_total = tl.num_programs(0) // tl.cdiv(k_len, BLOCK_N)
-    bkv, n = tl.program_id(0) % kv_total, tl.program_id(0) // kv_total * BLOCK_N
+    unit, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    kv_total = tl.num_programs(0) // splits // tl.cdiv(k_len, BLOCK_N)
+    bkv, n = unit % kv_total, unit // kv_total * BLOCK_N
     b, kv = (bkv // kv_heads).to(tl.int64), (bkv % kv_heads).to(tl.int64)
     offset = k_len - q_len  # position of row 0
     last_key = tl.minimum(n + BLOCK_N, k_len) - 1
@@ -72,8 +106,10 @@ def segment_attention_bwd_dkdv_kernel(
     num_stats = heads.to(tl.int64) * q_len
     dk0, dk1 = zero_tiles(BLOCK_N, D0, D1)
     dv0, dv1 = zero_tiles(BLOCK_N, D0, D1)
-    # One loop over the query heads of the group and their tiles: a loop in a loop would fill its pipeline every time.
-    for i in tl.range(0, group * row_tiles, num_stages=STAGES):
+    # One loop over the split's query heads and their tiles: a loop in a loop would fill its pipeline every time.
+    heads_per_split = tl.cdiv(group, splits)
+    first_head, end_head = split * heads_per_split, tl.minimum((split + 1) * heads_per_split, group)
+    for i in tl.range(first_head * row_tiles, end_head * row_tiles, num_stages=STAGES):
         head, m = (i // row_tiles).to(tl.int64), first_row + i % row_tiles * BLOCK_M
         inside = m + rows < q_len
         q_tile = q_ptr + tl.multiple_of(head * stride_qh + m.to(tl.int64) * stride_qt, 8)
@@ -105,19 +141,27 @@ def segment_attention_bwd_dkdv_kernel(
         dk0 = add_matmul(dk0, ds, q0)
         dk1 = add_matmul(dk1, ds, q1)
 
-    dv_ptr += tl.multiple_of(b * stride_dvb + kv * stride_dvh + n64 * stride_dvt, 8)
-    store_tile(dv_ptr, keys, exists, stride_dvt, dv0, 0, D0, D)
-    store_tile(dv_ptr, keys, exists, stride_dvt, dv1, D0, D1, D)
-    dk_ptr += tl.multiple_of(b * stride_dkb + kv * stride_dkh + n64 * stride_dkt, 8)
-    store_tile(dk_ptr, keys, exists, stride_dkt, dk0 * scale, 0, D0, D)
-    store_tile(dk_ptr, keys, exists, stride_dkt, dk1 * scale, D0, D1, D)
-    if R > 0:
-        tl.debug_barrier()  # each thread rotates back what others have stored
-        table = tl.multiple_of(b * stride_cb + n64 * stride_ct, TABLE_ALIGN)
-        turn_rows(
-            dk_ptr, stride_dkt, dk_ptr, stride_dkt, n, k_len, cos_ptr, sin_ptr, table, stride_ct,
-            -1, BLOCK_N, D, R, HALF, REST, TABLE_ALIGN,
-        )  # fmt: skip
+    done = split >= 0
+    if SPLIT:
+        partial_ptr += unit.to(tl.int64) * splits * 2 * BLOCK_N * (D0 + D1)
+        store_sums(partial_ptr + split * 2 * BLOCK_N * (D0 + D1), keys, dk0, dk1, dv0, dv1, D0, D1)
+        done = is_last(counter_ptr + unit, splits)
+        if done:
+            dk0, dk1, dv0, dv1 = total_sums(partial_ptr, keys, splits, D0, D1)
+    if done:
+        dv_ptr += tl.multiple_of(b * stride_dvb + kv * stride_dvh + n64 * stride_dvt, 8)
+        store_tile(dv_ptr, keys, exists, stride_dvt, dv0, 0, D0, D)
+        store_tile(dv_ptr, keys, exists, stride_dvt, dv1, D0, D1, D)
+        dk_ptr += tl.multiple_of(b * stride_dkb + kv * stride_dkh + n64 * stride_dkt, 8)
+        store_tile(dk_ptr, keys, exists, stride_dkt, dk0 * scale, 0, D0, D)
+        store_tile(dk_ptr, keys, exists, stride_dkt, dk1 * scale, D0, D1, D)
+        if R > 0:
+            tl.debug_barrier()  # each thread rotates back what others have stored
+            table = tl.multiple_of(b * stride_cb + n64 * stride_ct, TABLE_ALIGN)
+            turn_rows(
+                dk_ptr, stride_dkt, dk_ptr, stride_dkt, n, k_len, cos_ptr, sin_ptr, table, stride_ct,
+                -1, BLOCK_N, D, R, HALF, REST, TABLE_ALIGN,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=ANY_ALIGNMENT)

@@ -66,6 +66,7 @@ TCGEN05 = (
     Row("forward", 128, Config(128, 64, 8, 3), Config(64, 32, 4, 3)),
     Row("forward", 256, Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
     Row("dkdv", 64, Config(64, 128, 8, 2), Config(64, 64, 4, 2)),
+    Row("dkdv", 96, Config(64, 128, 8, 2), Config(64, 128, 8, 2)),
     Row("dkdv", 128, Config(64, 128, 8, 2), Config(32, 64, 4, 2)),
     Row("dkdv", 256, Config(32, 64, 8, 2), Config(32, 64, 8, 2)),
     Row("dq", 64, Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
@@ -118,3 +119,10 @@ def decode_splits(keys: int, blocks: int, group: int, config: Config, element_si
     # S splits read 2 * keys * element_size / S bytes per column each, the last block S * group * 4: least at this S.
     useful = math.isqrt(keys * element_size // (2 * group))
     return max(1, min(tiles, wanted, useful, MAX_SPLITS))
+
+
+def head_splits(units: int, group: int, target: Target) -> int:
+    """Into how many parts the `group` query heads of every tile of keys are split: enough to fill the GPU twice."""
+    wanted = math.ceil(2 * target.multiprocessors / max(units, 1))
+    heads = math.ceil(group / max(1, min(group, wanted)))
+    return math.ceil(group / heads)

@@ -18,6 +18,7 @@ from hmt_kernels.segment_attention.triton_configs import (
     SMALLEST_TILE,
     Config,
     decode_splits,
+    head_splits,
     tabulated,
 )
 from hmt_kernels.segment_attention.triton_decode import segment_attention_decode_kernel
@@ -172,17 +173,23 @@ def plan_dkdv(
 ) -> Launch:
     """dk and dv from rotated q and k, and stats [2, B, Hq, Tq]."""
     batch, kv_heads, k_len, _ = k.shape
-    config = _config("dkdv", problem, k_len, batch * kv_heads)
+    config = _config("dkdv", problem, k_len, batch * kv_heads * problem.group)
+    units = batch * kv_heads * math.ceil(k_len / config.block_n)
+    splits = head_splits(units, problem.group, problem.target)
+    sums = units * splits * 2 * config.block_n * sum(problem.tiles)
     arguments = {
         **_backward_arguments(problem, q, k, do, stats, config),
         "dk_ptr": dk,
         "dv_ptr": dv,
+        "partial_ptr": torch.empty(sums, dtype=torch.float32, device=q.device) if splits > 1 else None,
+        "counter_ptr": zeroed_counters(units, q.device) if splits > 1 else None,
         "kv_heads": kv_heads,
+        "splits": splits,
         **_strides("dk", dk),
         **_strides("dv", dv),
+        "SPLIT": splits > 1,
     }
-    grid = batch * kv_heads * math.ceil(k_len / config.block_n)
-    return Launch(segment_attention_bwd_dkdv_kernel, grid, arguments, config.num_warps)
+    return Launch(segment_attention_bwd_dkdv_kernel, units * splits, arguments, config.num_warps)
 
 
 def plan_dq(

@@ -206,8 +206,8 @@ for direction in ("prepare", *audit_attention.DIRECTIONS):
 def test_no_attention_kernel_is_compiled_for_a_length_or_a_batch():
     result = run_python("-c", ATTENTION_COMPILE_KEYS)
     assert result.returncode == 0, result.stderr
-    # Large and small tiles; decoding has one kernel that splits and one that does not.
-    assert result.stdout.split() == ["prepare", "1", "forward", "2", "dkdv", "2", "dq", "2", "decode", "2"]
+    # Large and small tiles; decoding, and dk and dv of either tiles, with a split and without.
+    assert result.stdout.split() == ["prepare", "1", "forward", "2", "dkdv", "4", "dq", "2", "decode", "2"]
 
 
 DUMP = """

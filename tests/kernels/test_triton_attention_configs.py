@@ -51,3 +51,12 @@ def test_splits_fill_the_gpu_but_stay_within_reason():
     assert splits == [1, 1, 2, 17, configs.MAX_SPLITS]
     assert configs.decode_splits(100_000, 64, 1, config, 2, H100) == 4  # a large batch fills it alone
     assert configs.decode_splits(1058, 1, 16, config, 2, H100) == 8  # what the last block has to read
+
+
+def test_heads_are_split_where_keys_are_few():
+    """Evenly, no further than to one head each, and not where all tiles of keys fill the GPU by themselves."""
+    assert configs.head_splits(51, 3, H100) == 3
+    assert configs.head_splits(51, 1, H100) == 1
+    assert configs.head_splits(100, 8, H100) == 3  # 3, 3 and 2 heads
+    assert configs.head_splits(1000, 8, H100) == 1
+    assert configs.head_splits(0, 4, H100) == 4
