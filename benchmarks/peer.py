@@ -71,7 +71,9 @@ def cuda_calls_allowed() -> Iterator[None]:
 
 def build(model: HMTForCausalLM, max_segments: int) -> Any:
     """Its RecurrentWrapper with the weights of `model`; it keeps the logits of all segments, as scoring needs."""
-    with stand_ins(), mock.patch.object(sys, "path", [os.environ["HMT_PYTORCH"], *sys.path]):
+    # it draws its parameters on the device that is the default, and scales them by the embeddings' deviation
+    device, path = model.memory.device, [os.environ["HMT_PYTORCH"], *sys.path]
+    with stand_ins(), mock.patch.object(sys, "path", path), device:
         modeling = importlib.import_module("modeling_rmt.language_modeling")
         config = model.config
         cell = modeling.MemoryCell(model.backbone, 1, config.num_sensory)
@@ -86,12 +88,11 @@ def build(model: HMTForCausalLM, max_segments: int) -> Any:
             mask_size=max_segments * config.segment_length,
             n_cell_out=max_segments,
         )
+    cell.memory.data, wrapper.mem.data = model.memory.detach().clone(), model.summary_prompt.detach().clone()
     with torch.no_grad():
-        cell.memory.copy_(model.memory)
-        wrapper.mem.copy_(model.summary_prompt)
         wrapper.cross_attn.wq.weight.copy_(model.recall.wq.weight)  # bfloat16 in HMT-pytorch, whatever the model is
         wrapper.cross_attn.wk.weight.copy_(model.recall.wk.weight)
-    return wrapper.eval().to(model.memory.device)
+    return wrapper.eval().to(device)
 
 
 @contextlib.contextmanager

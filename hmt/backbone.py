@@ -56,6 +56,13 @@ def run_layers(
     return out
 
 
+def hidden_states(
+    model: PreTrainedModel, embeds: Tensor, mask: Tensor | None, cache: Cache | None, last_rows: int | None
+) -> Tensor:
+    """What `run_layers` leaves in the last positions, [B, last_rows, d]."""
+    return run_layers(model, embeds, mask, cache, last_rows=last_rows).last_hidden_state
+
+
 def _run_packed(model: PreTrainedModel, embeds: Tensor, mask: Tensor, last_rows: int | None, **kwargs: Any) -> Any:
     """`run_layers` on each row without its hidden positions, which a recurrent state would remember or decay over.
 

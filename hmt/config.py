@@ -46,8 +46,10 @@ class HMTConfig(PreTrainedConfig):
         bptt_depth: segments that gradients flow through: at every bptt_depth-th segment of a text the memories of all
             earlier ones enter as constants. None means all segments of a call.
         offload_states: what rematerialisation keeps of a segment waits in CPU memory for the backward pass.
-        cuda_graphs: without gradients, read full segments by one step of static shapes (`hmt.static_step`), which on
-            CUDA is captured as a graph and replayed. Its capture has never run on a GPU.
+        cuda_graphs: read summaries and full segments by CUDA graphs, captured once per shape and replayed, which saves
+            the launches that small models wait for on a GPU. None does it on CUDA for shapes that come again, in passes
+            without gradients; True at once, and in training too, where it takes memory for a second set of the
+            backbone's gradients; False never. Passes with padding, hooks or dropout always go without.
         compile_step: compile that step with torch.compile; the first segments then wait for the compiler.
 
     A saved config.json holds a SHA-256 of its fields; who edits the file by hand takes that line out.
@@ -80,7 +82,7 @@ class HMTConfig(PreTrainedConfig):
     rematerialize: bool = True
     bptt_depth: int | None = None
     offload_states: bool = False
-    cuda_graphs: bool = False
+    cuda_graphs: bool | None = None
     compile_step: bool = False
     tie_word_embeddings: bool = False
 
@@ -144,7 +146,9 @@ class HMTConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be an integer >= 1 or None, got {value!r}")
-        for name in ("rematerialize", "offload_states", "cuda_graphs", "compile_step"):
+        if self.cuda_graphs is not None and not isinstance(self.cuda_graphs, bool):
+            raise ValueError(f"cuda_graphs must be true, false or None, got {self.cuda_graphs!r}")
+        for name in ("rematerialize", "offload_states", "compile_step"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from hmt.backbone import embed
+from hmt.backbone import embed, hidden_states
 from hmt.kv_cache import new_cache
+from hmt.layer_graphs import GraphedCall, graphed_call
 from hmt.outputs import SegmentResult
-from hmt.recurrence import augment, decode_token, read_segment, summarize
+from hmt.recurrence import Layers, augment, decode_token, read_segment, summarize
 from hmt.remat import rematerialized
 from hmt.state import HMTState, push_memory
 from hmt.static_step import StaticStep, fits, static_step, step_and_read
@@ -41,13 +42,14 @@ def read_segments(
         return
     segments = split(text, length)
     rematerializes = config.rematerialize and torch.is_grad_enabled() and len(segments) > 1
-    queries = recall_queries(model, segments, state, rematerializes)
+    call = graphed_call(model)
+    queries = recall_queries(model, segments, state, rematerializes, call)
     with static_step(model, state, segments) as step:
         if step is not None:
             state = replace(state, queue=step.buffers.queue)
         elif segments[0].length == length and state.queue is not None:
             state = replace(state, queue=state.queue.clone())  # the caller's state stays as it was
-        for result in _read_in_turn(model, segments, queries, state, use_cache, rematerializes, step):
+        for result in _read_in_turn(model, segments, queries, state, use_cache, rematerializes, step, call):
             result.hidden = result.hidden[:, opened:]
             opened = 0
             yield result
@@ -61,6 +63,7 @@ def _read_in_turn(
     use_cache: bool,
     rematerializes: bool,
     step: StaticStep | None,
+    call: GraphedCall | None,
 ) -> Iterator[SegmentResult]:
     """The segments after `state`, whose queue is written in place where no gradients are recorded."""
     config, pending, fuses = model.config, None, _fuses_steps(model, state)
@@ -73,13 +76,15 @@ def _read_in_turn(
         if step is not None and query is not None and fits(model, segment):
             hidden, memory, recalled, age = step_and_read(model, step, state, segment, query, pending)
         elif pending is None or query is None:
-            run = partial(_read, model, replace(state, queue=None, cache=None), segment, cache)
+            layers = _graphed_layers(call, state, segment)
+            run = partial(_read, model, layers or hidden_states, replace(state, queue=None, cache=None), segment, cache)
             # the backward pass begins with the last segment: its activations are needed at once
-            if rematerializes and not last:
+            if rematerializes and not last and layers is None:
                 run = partial(rematerialized, run, offload=config.offload_states)
             hidden, memory, recalled, age = run(state.queue, query)
         else:
-            hidden, memory, recalled, age = _step_and_read(model, state, segment, cache, query, pending)
+            layers = _graphed_layers(call, state, segment) or hidden_states
+            hidden, memory, recalled, age = _step_and_read(model, layers, state, segment, cache, query, pending)
         # the next segment's step writes it into the queue, together with its recall
         pending = memory if fuses and not last else None
         if closing:
@@ -104,7 +109,11 @@ def can_decode(model: HMTForCausalLM, state: HMTState, new: Tokens, use_cache: b
 
 
 def recall_queries(
-    model: HMTForCausalLM, segments: list[Tokens], state: HMTState, rematerialize: bool = False
+    model: HMTForCausalLM,
+    segments: list[Tokens],
+    state: HMTState,
+    rematerialize: bool = False,
+    call: GraphedCall | None = None,
 ) -> list[Tensor | None]:
     """Absorbed recall queries [B, d] of all segments: every summary in batches, then one product."""
     config = model.config
@@ -128,6 +137,7 @@ def recall_queries(
             batch_size,
             rematerialize=rematerialize,
             offload=config.offload_states,
+            find_layers=partial(_graphed_summary, call),
         )
         queries: list[Tensor | None] = [None] * first
         if summaries:
@@ -153,8 +163,32 @@ def open_segment(state: HMTState, segment: Tokens, cache: Any = None) -> HMTStat
     return replace(state, open=segment, cache=cache)
 
 
+def _graphed_summary(call: GraphedCall | None, batch: Tokens) -> Layers | None:
+    """The layers of a batch of summaries by a graph, for a power of two of rows."""
+    if call is None or batch.mask is not None or batch.length < call.model.config.summary_length:
+        return None
+    rows, length = batch.ids.shape
+    return call.layers((1 << (rows - 1).bit_length(), length + 2), last_rows=1)
+
+
+def _graphed_layers(call: GraphedCall | None, state: HMTState, segment: Tokens) -> Layers | None:
+    """The layers of a full segment after `state` by a graph."""
+    if call is None or segment.mask is not None or segment.length < call.model.config.segment_length:
+        return None
+    config = call.model.config
+    num_sensory = state.recent.last(config.num_sensory).length
+    length = config.num_memory + num_sensory + segment.length + config.num_memory
+    return call.layers((state.batch_size, length), last_rows=segment.length + config.num_memory)
+
+
 def _read(
-    model: HMTForCausalLM, state: HMTState, segment: Tokens, cache: Any, queue: Tensor | None, query: Tensor | None
+    model: HMTForCausalLM,
+    layers: Layers,
+    state: HMTState,
+    segment: Tokens,
+    cache: Any,
+    queue: Tensor | None,
+    query: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Hidden states, memory, recalled embedding and age of a segment after `state` with this queue."""
     recalled, age = recall(model, query, replace(state, queue=queue))
@@ -164,13 +198,19 @@ def _read(
         embeds, mask = augment(model.backbone, recalled, sensory, segment, closing=closing)
         ends_with_memory = closing and recalled is not None
         hidden, memory = read_segment(
-            model.backbone, embeds, mask, segment.length, ends_with_memory=ends_with_memory, cache=cache
+            model.backbone, embeds, mask, segment.length, ends_with_memory=ends_with_memory, cache=cache, layers=layers
         )
     return hidden, memory, recalled, age
 
 
 def _step_and_read(
-    model: HMTForCausalLM, state: HMTState, segment: Tokens, cache: Any, query: Tensor, pending: Tensor
+    model: HMTForCausalLM,
+    layers: Layers,
+    state: HMTState,
+    segment: Tokens,
+    cache: Any,
+    query: Tensor,
+    pending: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """The same, after the latest memory [B, d] has been written; queue and memory slots are changed in place."""
     closing = segment.length == model.config.segment_length
@@ -184,7 +224,7 @@ def _step_and_read(
         recalled, age = out.recalled[:, 0], state.age_of(out.slot[:, 0])
     with record_function("hmt.main"):
         hidden, memory = read_segment(
-            model.backbone, embeds, mask, segment.length, ends_with_memory=closing, cache=cache
+            model.backbone, embeds, mask, segment.length, ends_with_memory=closing, cache=cache, layers=layers
         )
     return hidden, memory, recalled, age
 

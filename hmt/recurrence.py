@@ -6,7 +6,7 @@ Memory and sensory positions are always visible; padding hides tokens of the seg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from hmt.backbone import embed, run_layers, takes_spans
+from hmt.backbone import embed, hidden_states, takes_spans
 from hmt.remat import rematerialized
 from hmt.tokens import Tokens, stack_rows
+
+Layers = Callable[..., Tensor]  # called like hidden_states
 
 
 def surround(front: Sequence[Tensor], tokens: Tensor, back: Sequence[Tensor], mask: Tensor | None) -> tuple:
@@ -47,31 +49,34 @@ def summarize(
     *,
     rematerialize: bool = False,
     offload: bool = False,
+    find_layers: Callable[[Tokens], Layers | None] = lambda batch: None,
 ) -> list[Tensor]:
     """Step 1 for many segments at once: q = h_last([T ; E(x) ; T]) with the summary prompt T [1, d]; one [B, d] each.
 
     No summary depends on any memory, so all of them run as batches of about `batch_size` rows, without the LM head.
-    With `rematerialize`, the backward pass recomputes them batch by batch.
+    With `rematerialize`, the backward pass recomputes them batch by batch. `find_layers` may know other layers for a
+    batch, which see to that themselves.
     """
     summaries: list[Tensor | None] = [None] * len(texts)
     rows = texts[0].ids.shape[0] if texts else 1
     for group in _equal_lengths(texts, max(1, batch_size // rows)):
         batch = stack_rows([texts[i] for i in group])
-        if rematerialize:
-            last = rematerialized(partial(_summarize, model), prompt, *batch, offload=offload)
-        else:
-            last = _summarize(model, prompt, *batch)
+        layers = find_layers(batch)
+        run = partial(_summarize, model, layers or hidden_states)
+        if rematerialize and layers is None:
+            run = partial(rematerialized, run, offload=offload)
+        last = run(prompt, *batch)
         for i, summary in zip(group, last.split(rows), strict=True):
             summaries[i] = summary
     return [s for s in summaries if s is not None]
 
 
-def _summarize(model: PreTrainedModel, prompt: Tensor, *text: Tensor | None) -> Tensor:
+def _summarize(model: PreTrainedModel, layers: Layers, prompt: Tensor, *text: Tensor | None) -> Tensor:
     batch = Tokens(*text)  # type: ignore[arg-type]
     embeds = embed(model, batch.ids)
     slot = prompt.to(embeds.dtype).expand(len(embeds), -1, -1)
     embeds, mask = surround([slot], embeds, [slot], _hidden(model, batch))
-    return run_layers(model, embeds, mask, last_rows=1).last_hidden_state[:, -1]
+    return layers(model, embeds, mask, None, 1)[:, -1]
 
 
 def _equal_lengths(texts: Sequence[Tokens], size: int) -> list[list[int]]:
@@ -107,16 +112,17 @@ def read_segment(
     *,
     ends_with_memory: bool,
     cache: Cache | None = None,
+    layers: Layers = hidden_states,
 ) -> tuple[Tensor, Tensor | None]:
     """Step 3: hidden states [B, length, d] of the segment's tokens and, from a trailing slot, its memory [B, d].
 
     embeds and mask come from `augment`. A `cache` keeps the keys and values for decoding.
     """
-    hidden = run_layers(model, embeds, mask, cache, last_rows=length + ends_with_memory).last_hidden_state
+    hidden = layers(model, embeds, mask, cache, length + ends_with_memory)
     return hidden[:, :length], hidden[:, -1] if ends_with_memory else None
 
 
 def decode_token(model: PreTrainedModel, text: Tokens, cache: Cache) -> Tensor:
     """Hidden state [B, 1, d] of the last token of the open segment [B, t]; the cache holds all before it."""
     mask = _extend(_hidden(model, text), cache.get_seq_length() + 1 - text.length, 0)
-    return run_layers(model, embed(model, text.ids[:, -1:]), mask, cache).last_hidden_state
+    return hidden_states(model, embed(model, text.ids[:, -1:]), mask, cache, None)

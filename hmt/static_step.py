@@ -1,10 +1,8 @@
 """A full segment as one call of static shapes: on CUDA captured once as a graph and replayed for every segment.
 
 `HMTConfig.cuda_graphs` and `compile_step` turn it on, for every pass that records no gradients. A text's first segment,
-its ragged last one and segments with padding take the ordinary path: the first has other inputs, the last would
-compute a whole segment for its few tokens and has to fill a cache for decoding, and there is one of each in a call.
-
-The step is tested on CPU, where it runs uncaptured. The capture has never run on a GPU.
+its ragged last one and segments with padding take another path: the first has other inputs (`hmt.layer_graphs`), the
+last would compute a whole segment for its few tokens and has to fill a cache for decoding.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -20,16 +17,15 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from hmt.backbone import embed, run_layers, unwrap
+from hmt import capture
+from hmt.backbone import embed, run_layers
 from hmt.state import HMTState
 from hmt.tokens import Tokens
 from hmt_kernels import memory_recall_step
-from hmt_kernels.dispatch import selected
 
 if TYPE_CHECKING:
     from hmt.model import HMTForCausalLM
 
-WARM_UPS = 3
 KEPT_STEPS = 4  # of different shapes, for each model
 
 
@@ -104,49 +100,20 @@ def segment_step(model: HMTForCausalLM, buffers: StepBuffers) -> None:
     b.memory.copy_(rows[:, -1])
 
 
-def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """The step as a replayed CUDA graph; what it reads and writes must lie where it lies now."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UPS):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 def why_not(model: HMTForCausalLM, state: HMTState) -> str | None:
     """Why a pass of this model after `state` cannot take static steps; None: it can."""
-    config = model.config
-    if not (config.cuda_graphs or config.compile_step):
+    if not (model.config.cuda_graphs or model.config.compile_step):
         return "neither cuda_graphs nor compile_step is set"
+    if (reason := capture.why_not(model)) is not None:
+        return reason
     if torch.is_grad_enabled():
         return "gradients are recorded"
-    if config.mode != "hmt" or state.queue is None:
-        return f"mode {config.mode!r} has no recall"
+    if model.config.mode != "hmt" or state.queue is None:
+        return f"mode {model.config.mode!r} has no recall"
     weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     if (weight.dtype, weight.device) != (state.queue.dtype, state.queue.device):
         return "the memories have another dtype or device than the embeddings"
-    for module in model.modules():
-        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "adapter_layer_names"):
-            return "a module has hooks or adapters, which may do something else at every call"
-    if any(type(p) not in (Tensor, torch.nn.Parameter) for p in model.parameters()):
-        return "parameters are sharded or of another kind"
     return None
-
-
-def _dependencies(model: HMTForCausalLM) -> tuple[Any, ...]:
-    """What a captured step does not look at again: where all weights lie, and how the layers compute."""
-    config, kind = model.config, model.device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    attention = unwrap(model.backbone).config._attn_implementation
-    how = (model.training, attention, selected(), model.recall.softmax_scale, autocast)
-    shape = (config.segment_length, config.num_sensory, config.cuda_graphs, config.compile_step)
-    weights = chain(model.parameters(), model.buffers())
-    return (*how, *shape, *((w.data_ptr(), w.dtype, w.shape, w.stride()) for w in weights))
 
 
 def _prepare(model: HMTForCausalLM, queue: Tensor, dependencies: tuple[Any, ...]) -> StaticStep:
@@ -155,7 +122,7 @@ def _prepare(model: HMTForCausalLM, queue: Tensor, dependencies: tuple[Any, ...]
         buffers = new_buffers(model, queue)
         step = torch.compile(segment_step, dynamic=False) if model.config.compile_step else segment_step
         if model.config.cuda_graphs and queue.is_cuda:
-            replay = captured(lambda: step(model, buffers))
+            replay = capture.captured(lambda: step(model, buffers))
             return StaticStep(buffers, lambda model: replay(), dependencies)
     return StaticStep(buffers, lambda model: step(model, buffers), dependencies)
 
@@ -172,7 +139,7 @@ def static_step(model: HMTForCausalLM, state: HMTState, segments: Sequence[Token
         return
     queue = state._queue()
     kept, key = _steps.setdefault(model, {}), (queue.shape, queue.dtype, queue.device)
-    step, dependencies = kept.pop(key, None), _dependencies(model)
+    step, dependencies = kept.pop(key, None), capture.dependencies(model)
     if step is None or step.dependencies != dependencies:
         step = _prepare(model, queue, dependencies)
     step.buffers.queue.copy_(queue)  # only now: warming up writes to it

@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from backbones import GROUPED, hmt_model, token_ids
 from test_training import gradients
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hmt import HMTForCausalLM, HMTState, serving, static_step
+from hmt import HMTForCausalLM, HMTState, capture, serving
 from hmt_kernels import use_impl
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
@@ -96,33 +97,68 @@ def test_training_under_autocast() -> None:
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
     """The replays of all graphs that are captured."""
     made: list[Callable[[], None]] = []
-    captured = static_step.captured
+    captured = capture.captured
 
-    def counted(step: Callable[[], None]) -> Callable[[], None]:
-        made.append(captured(step))
+    def counted(*arguments: Any) -> Callable[[], None]:
+        made.append(captured(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(static_step, "captured", counted)
+    monkeypatch.setattr(capture, "captured", counted)
     return made
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", [*BACKBONES, "mamba"])
+@pytest.mark.parametrize("graphs", [True, None], ids=["always", "by-itself"])
 @torch.no_grad()
-def test_captured_steps_read_and_score_as_the_cpu_does(name: str, captures: list) -> None:
-    """Twice through the same graph, with a ragged end, after a state and with other texts."""
-    ours, theirs = pair(name, cuda_graphs=True)
-    for seed, length in enumerate((16 * 6, 16 * 4 + 5)):
-        ids = token_ids(2, length, seed=seed)
+def test_captured_passes_read_and_score_as_the_cpu_does(name: str, graphs: bool | None, captures: list) -> None:
+    """Several times through the same graphs, with a ragged end, after a state and with other texts."""
+    ours, theirs = pair(name, cuda_graphs=graphs)
+    counts = []
+    for seed in range(4):
+        ids, more = token_ids(2, 16 * 6 + 5, seed=seed), token_ids(2, 16 * 3, seed=seed + 7)
         state, expected = ours.read(ids.cuda()), theirs.read(ids)
         torch.testing.assert_close(state.queue.cpu(), expected.queue, **TOLERANCE)
-        more = token_ids(2, 16 * 3, seed=seed + 7)
-        torch.testing.assert_close(
-            ours.read(more.cuda(), state).queue.cpu(), theirs.read(more, expected).queue, **TOLERANCE
-        )
+        found = ours.read(more.cuda(), state).queue.cpu()
+        torch.testing.assert_close(found, theirs.read(more, expected).queue, **TOLERANCE)
         out, same = ours(ids.cuda(), labels=ids.cuda(), logits_to_keep=0), theirs(ids, labels=ids, logits_to_keep=0)
         torch.testing.assert_close(out.loss.cpu(), same.loss, **TOLERANCE)
         torch.testing.assert_close(out.logits.cpu(), same.logits, atol=5e-3, rtol=5e-3)
-    assert len(captures) == 1
+        counts.append(len(captures))
+    assert 0 < counts[-2] == counts[-1]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-window", "gpt2", "gemma3"])
+def test_captured_training_has_the_gradients_of_the_cpu(name: str, captures: list) -> None:
+    """Two steps of an optimizer, on texts with a ragged end; the second captures nothing."""
+    ours, theirs = pair(name, cuda_graphs=True)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.01) for model in (ours, theirs)]
+    for step in range(2):
+        ids = token_ids(2, 16 * 4 + 5, seed=step)
+        on_gpu = gradients(ours, lambda ids=ids: ours(ids.cuda(), labels=ids.cuda()).loss)
+        on_cpu = gradients(theirs, lambda ids=ids: theirs(ids, labels=ids).loss)
+        assert on_gpu.keys() == on_cpu.keys()
+        for key, value in on_cpu.items():
+            error = (on_gpu[key].cpu() - value).norm() / value.norm().clamp(min=1e-6)
+            assert error <= 1e-2, f"step {step}, {key}: relative error {error:.1e}"
+        count = len(captures)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert 0 < count == len(captures)
+
+
+def test_captured_training_under_autocast_and_offloaded() -> None:
+    ours, theirs = pair(cuda_graphs=True, offload_states=True)[0], pair(cuda_graphs=False)[0]
+    ids = token_ids(2, 16 * 5 + 3).cuda()
+
+    def loss(model: HMTForCausalLM) -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return model(ids, labels=ids).loss
+
+    found, expected = (gradients(model, lambda model=model: loss(model)) for model in (ours, theirs))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        error = (found[key] - value).norm() / value.norm().clamp(min=1e-6)
+        assert error <= 2e-2, f"{key}: relative error {error:.1e}"
 
 
 @torch.no_grad()
@@ -131,12 +167,13 @@ def test_a_capture_follows_its_weights(captures: list) -> None:
     ours, theirs = pair(cuda_graphs=True)
     ids = token_ids(1, 16 * 5)
     ours.read(ids.cuda())
+    first = len(captures)
     for change, count in ((lambda p: p.data.mul_(1.05), 1), (lambda p: setattr(p, "data", p.data * 1.05), 2)):
         for model in (ours, theirs):
             for parameter in model.parameters():
                 change(parameter)
         torch.testing.assert_close(ours.read(ids.cuda()).queue.cpu(), theirs.read(ids).queue, **TOLERANCE)
-        assert len(captures) == count
+        assert len(captures) == count * first
 
 
 @torch.no_grad()
@@ -145,7 +182,7 @@ def test_generation_is_that_of_the_cpu(captures: list) -> None:
     ids = token_ids(2, 21)
     options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(ours.generate(ids.cuda(), **options).cpu(), theirs.generate(ids, **options))
-    assert len(captures) == 1
+    assert captures
 
 
 @contextlib.contextmanager
@@ -202,7 +239,7 @@ def test_no_segment_copies_between_host_and_device(static: bool) -> None:
 
 @torch.no_grad()
 def test_decoding_never_waits() -> None:
-    model = hmt_model().cuda()
+    model = hmt_model(cuda_graphs=False).cuda()
     ids = token_ids(2, 21).cuda()
     state = model(ids, use_cache=True).state
     for timed in (False, True):

@@ -1,0 +1,238 @@
+"""Passes of the backbone's layers as CUDA graphs, captured once per shape: summaries, whole segments, and training.
+
+A graph replaces the hundreds of launches of a pass, which on a GPU take longer than what they launch. In training the
+graph of the backward pass recomputes the layers from their input, so that one segment's activations exist at any depth.
+Passes with padding or a cache, and a text's ragged last segment, take the ordinary path. On a CPU, where nothing is
+captured, the same steps run through the same buffers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from hmt import capture
+from hmt.backbone import run_layers
+from hmt.remat import offloaded
+
+if TYPE_CHECKING:
+    from hmt.model import HMTForCausalLM
+
+KEPT_GRAPHS = 8  # of different shapes
+KEPT_SETTINGS = 3  # of a model: training and evaluation, say, or with autocast and without
+Layers = Callable[..., Tensor]  # called like hidden_states
+
+
+class _Layers(nn.Module):
+    """`run_layers` as a module, so that it can run with other tensors in place of the backbone's parameters."""
+
+    def __init__(self, backbone: PreTrainedModel, last_rows: int):
+        super().__init__()
+        self.backbone, self.last_rows = backbone, last_rows
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        return run_layers(self.backbone, embeds, last_rows=self.last_rows).last_hidden_state
+
+
+@dataclass
+class LayerGraph:
+    """The layers on [B, T, d] embeddings, or on fewer rows than B, and the hidden states of their last positions."""
+
+    embeds: Tensor
+    hidden: Tensor
+    forward: Callable[[], object]
+    d_hidden: Tensor | None = None  # of training
+    d_embeds: Tensor | None = None
+    backward: Callable[[], object] | None = None
+
+    def run(self, embeds: Tensor) -> Tensor:
+        rows = len(embeds)
+        self.embeds[:rows].copy_(embeds)
+        self.forward()
+        return self.hidden[:rows].clone()  # the next pass overwrites the buffer
+
+    def run_back(self, embeds: Tensor, d_hidden: Tensor) -> Tensor:
+        """Gradient of the embeddings; those of the weights are added to their sums."""
+        rows = len(embeds)
+        self.embeds.zero_()
+        self.embeds[:rows].copy_(embeds)
+        self.d_hidden.zero_()[:rows].copy_(d_hidden)  # type: ignore[union-attr]
+        self.backward()  # type: ignore[misc]
+        return self.d_embeds[:rows].clone()  # type: ignore[index]
+
+
+@dataclass
+class LayerGraphs:
+    """The graphs of a model, by shape, and the sums of its weights' gradients."""
+
+    graphs: dict[tuple[Any, ...], LayerGraph | None] = field(default_factory=dict)
+    uses: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    weights: dict[str, nn.Parameter] = field(default_factory=dict)  # those that the layers' outputs depend on
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    stale: bool = True  # the sums are of an earlier backward pass
+    pool: Any = None  # of memory, shared: no graph leaves anything in it for another
+
+    def find(self, model: HMTForCausalLM, shape: tuple[int, int], last_rows: int) -> LayerGraph | None:
+        """The graph for embeddings of this shape [B, T], captured when it is needed; None: the ordinary path."""
+        weight = model.get_input_embeddings().weight
+        training = torch.is_grad_enabled()
+        if training and not model.config.cuda_graphs:
+            return None  # it takes memory for a second set of gradients
+        key = (shape, last_rows, weight.dtype, weight.device, training)
+        self.uses[key] = self.uses.get(key, 0) + 1
+        if key not in self.graphs:
+            if model.config.cuda_graphs is None and self.uses[key] <= capture.USES_BEFORE:
+                return None
+            self.graphs[key] = self._try(model, shape, last_rows, training)
+        self.graphs[key] = graph = self.graphs.pop(key)  # the last one is the last to be dropped
+        while len(self.graphs) > KEPT_GRAPHS:
+            self.graphs.pop(next(iter(self.graphs)))
+        return graph
+
+    def _try(self, model: HMTForCausalLM, shape: tuple[int, int], rows: int, training: bool) -> LayerGraph | None:
+        if model.config.cuda_graphs:
+            return self._make(model, shape, rows, training)
+        try:
+            return self._make(model, shape, rows, training)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            warnings.warn(f"hmt reads without CUDA graphs (cuda_graphs=False keeps it quiet): {reason}", stacklevel=2)
+            return None
+
+    def _make(self, model: HMTForCausalLM, shape: tuple[int, int], last_rows: int, training: bool) -> LayerGraph:
+        weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+        ready = self._captured if weight.is_cuda else lambda step: step
+        layers = _Layers(model.backbone, last_rows)
+        with torch.inference_mode(False), torch.no_grad():  # buffers that any later call may write to
+            embeds = weight.new_zeros(*shape, weight.shape[1])
+            hidden = torch.empty_like(layers(embeds))
+            graph = LayerGraph(embeds, hidden, ready(lambda: hidden.copy_(layers(embeds))))
+            if training:
+                graph.d_hidden, graph.d_embeds = torch.zeros_like(hidden), torch.zeros_like(embeds)
+                self._find_weights(layers, embeds)
+                graph.backward = ready(
+                    partial(_recompute_and_backward, layers, embeds, graph.d_hidden, graph.d_embeds, self.sums)
+                )
+                self.stale = True  # warming up has added to the sums
+        return graph
+
+    def _captured(self, step: Callable[[], object]) -> Callable[[], object]:
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        return capture.captured(step, self.pool)
+
+    def _find_weights(self, layers: _Layers, embeds: Tensor) -> None:
+        if self.sums:
+            return
+        trained = {name: p for name, p in layers.named_parameters() if p.requires_grad}
+        if not trained:
+            return
+        with torch.enable_grad():
+            hidden = layers(embeds)
+            found = torch.autograd.grad(hidden, list(trained.values()), torch.zeros_like(hidden), allow_unused=True)
+        for (name, p), gradient in zip(trained.items(), found, strict=True):
+            if gradient is not None:
+                self.weights[name], self.sums[name] = p, torch.zeros_like(p)
+
+
+@dataclass
+class GraphedCall:
+    """The graphs of a model during one call of it."""
+
+    model: HMTForCausalLM
+    graphs: LayerGraphs
+    token: Tensor | None = None
+
+    def layers(self, shape: tuple[int, int], last_rows: int) -> Layers | None:
+        """`hidden_states`, without padding and cache, of embeddings of this shape [B, T]; None: the ordinary path."""
+        graph = self.graphs.find(self.model, shape, last_rows)
+        if graph is None:
+            return None
+        if torch.is_grad_enabled() and self.token is None:
+            self.token = _Gradients.apply(self.graphs, *self.graphs.weights.values())
+        return partial(self._run, graph)
+
+    def _run(self, graph: LayerGraph, backbone: PreTrainedModel, embeds: Tensor, *args: Any) -> Tensor:
+        if self.token is None:
+            return graph.run(embeds)
+        with offloaded(self.model.config.offload_states):
+            return _Pass.apply(self.graphs, graph, embeds, self.token)
+
+
+# not attributes of the models: a copied or pickled model must not take along graphs of the weights of another
+_graphs: WeakKeyDictionary[HMTForCausalLM, dict[tuple[Any, ...], LayerGraphs]] = WeakKeyDictionary()
+
+
+def graphed_call(model: HMTForCausalLM) -> GraphedCall | None:
+    """The graphs of this model, with its weights where they lie now; None where no pass can be captured."""
+    if model.config.cuda_graphs is False or capture.why_not(model) is not None:
+        return None
+    kept, dependencies = _graphs.setdefault(model, {}), capture.dependencies(model)
+    kept[dependencies] = graphs = kept.pop(dependencies, None) or LayerGraphs()
+    while len(kept) > KEPT_SETTINGS:
+        kept.pop(next(iter(kept)))
+    return GraphedCall(model, graphs)
+
+
+def _recompute_and_backward(
+    layers: _Layers, embeds: Tensor, d_hidden: Tensor, d_embeds: Tensor, sums: dict[str, Tensor]
+) -> None:
+    # leaves of their own: autograd adds to the sums, and nothing that hangs on the weights hears of it
+    leaves = {"embeds": embeds.detach().requires_grad_()}
+    for name, total in sums.items():
+        leaves[name] = layers.get_parameter(name).detach().requires_grad_()
+        leaves[name].grad = total
+    x = leaves.pop("embeds")
+    with torch.enable_grad():
+        hidden = torch.func.functional_call(layers, leaves, (x,))
+    hidden.backward(d_hidden)
+    d_embeds.copy_(cast(Tensor, x.grad))
+
+
+class _Pass(torch.autograd.Function):
+    """hidden [B, rows, d] of embeds [B, T, d]; keeps its input only."""
+
+    @staticmethod
+    def forward(ctx: Any, graphs: LayerGraphs, graph: LayerGraph, embeds: Tensor, token: Tensor) -> Tensor:
+        ctx.graphs, ctx.graph = graphs, graph
+        ctx.save_for_backward(embeds)
+        return graph.run(embeds)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_hidden: Tensor) -> tuple[Tensor | None, ...]:
+        (embeds,), graphs = ctx.saved_tensors, ctx.graphs
+        if graphs.stale and graphs.sums:
+            torch._foreach_zero_(list(graphs.sums.values()))
+        graphs.stale = False
+        return None, None, ctx.graph.run_back(embeds, d_hidden), d_hidden.new_zeros(())
+
+
+class _Gradients(torch.autograd.Function):
+    """The token that all passes of a call depend on: through it the weights get their gradients, once, at the end.
+
+    Its backward pass comes after those of all passes; otherwise autograd would add up theirs, weight by weight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, graphs: LayerGraphs, *weights: Tensor) -> Tensor:
+        ctx.graphs = graphs
+        graphs.stale = True  # of a backward pass that did not come to its end
+        return weights[0].new_zeros(()) if weights else torch.zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.graphs.stale = True
+        sums = list(ctx.graphs.sums.values())
+        # copies, in few launches: autograd holds on to them, while another call's passes already add up theirs
+        return None, *(torch._foreach_mul(sums, 1.0) if sums else ())
