@@ -52,7 +52,7 @@ class SegmentLayer(DynamicLayer):
         return self.capacity
 
 
-class _RowsLayer(SegmentLayer):
+class RowsLayer(SegmentLayer):
     """The same for rows that are filled to different lengths: one more position of each is written per update."""
 
     def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, width: int):
@@ -145,7 +145,7 @@ def together(caches: Sequence[SegmentCache]) -> tuple[Cache, list[SegmentCache]]
     rows = slice(first.row, first.row + len(caches))
     base = first.batch or []
     positions = torch.tensor(lengths, device=base[0].keys.device)
-    layers = [_RowsLayer(x.keys[rows], x.values[rows], positions, max(lengths) + 1) for x in base]
+    layers = [RowsLayer(x.keys[rows], x.values[rows], positions, max(lengths) + 1) for x in base]
     return SegmentCache(layers), list(caches)
 
 

@@ -74,7 +74,7 @@ class LayerGraph:
 class LayerGraphs:
     """The graphs of a model, by shape, and the sums of its weights' gradients."""
 
-    graphs: dict[tuple[Any, ...], LayerGraph | None] = field(default_factory=dict)
+    graphs: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     uses: dict[tuple[Any, ...], int] = field(default_factory=dict)
     weights: dict[str, nn.Parameter] = field(default_factory=dict)  # those that the layers' outputs depend on
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -89,46 +89,57 @@ class LayerGraphs:
             return None  # it takes memory for a second set of gradients
         key = (shape, last_rows, weight.dtype, weight.device, training)
         self.uses[key] = self.uses.get(key, 0) + 1
+        if key not in self.graphs and model.config.cuda_graphs is None and self.uses[key] <= capture.USES_BEFORE:
+            return None
+        return self.get(model, key, partial(self._make, model, shape, last_rows, training))
+
+    def get(self, model: HMTForCausalLM, key: tuple[Any, ...], make: Callable[..., Any]) -> Any:
+        """The graph under this key, or make(ready), ready(step) being a step that is captured where there is CUDA.
+
+        Where the model decides by itself, a capture that fails is said once, and None from then on.
+        """
         if key not in self.graphs:
-            if model.config.cuda_graphs is None and self.uses[key] <= capture.USES_BEFORE:
-                return None
-            self.graphs[key] = self._try(model, shape, last_rows, training)
+            self.graphs[key] = self._try(model, make)
         self.graphs[key] = graph = self.graphs.pop(key)  # the last one is the last to be dropped
         while len(self.graphs) > KEPT_GRAPHS:
             self.graphs.pop(next(iter(self.graphs)))
         return graph
 
-    def _try(self, model: HMTForCausalLM, shape: tuple[int, int], rows: int, training: bool) -> LayerGraph | None:
-        if model.config.cuda_graphs:
-            return self._make(model, shape, rows, training)
-        try:
-            return self._make(model, shape, rows, training)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            warnings.warn(f"hmt reads without CUDA graphs (cuda_graphs=False keeps it quiet): {reason}", stacklevel=2)
-            return None
-
-    def _make(self, model: HMTForCausalLM, shape: tuple[int, int], last_rows: int, training: bool) -> LayerGraph:
-        weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-        ready = self._captured if weight.is_cuda else lambda step: step
-        layers = _Layers(model.backbone, last_rows)
+    def _try(self, model: HMTForCausalLM, make: Callable[..., Any]) -> Any:
+        ready = self._captured if model.device.type == "cuda" else lambda step: step
         with torch.inference_mode(False), torch.no_grad():  # buffers that any later call may write to
-            embeds = weight.new_zeros(*shape, weight.shape[1])
-            hidden = torch.empty_like(layers(embeds))
-            graph = LayerGraph(embeds, hidden, ready(lambda: hidden.copy_(layers(embeds))))
-            if training:
-                graph.d_hidden, graph.d_embeds = torch.zeros_like(hidden), torch.zeros_like(embeds)
-                self._find_weights(layers, embeds)
-                graph.backward = ready(
-                    partial(_recompute_and_backward, layers, embeds, graph.d_hidden, graph.d_embeds, self.sums)
+            if model.config.cuda_graphs:
+                return make(ready)
+            try:
+                return make(ready)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                warnings.warn(
+                    f"hmt goes on without a CUDA graph (cuda_graphs=False keeps it quiet): {reason}", stacklevel=2
                 )
-                self.stale = True  # warming up has added to the sums
-        return graph
+                return None
 
     def _captured(self, step: Callable[[], object]) -> Callable[[], object]:
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         return capture.captured(step, self.pool)
+
+    def _make(
+        self, model: HMTForCausalLM, shape: tuple[int, int], last_rows: int, training: bool, ready: Callable[..., Any]
+    ) -> LayerGraph:
+        weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+        layers = _Layers(model.backbone, last_rows)
+        embeds = weight.new_zeros(*shape, weight.shape[1])
+        hidden = torch.empty_like(layers(embeds))
+        graph = LayerGraph(embeds, hidden, ready(lambda: hidden.copy_(layers(embeds))))
+        if training:
+            graph.d_hidden, graph.d_embeds = torch.zeros_like(hidden), torch.zeros_like(embeds)
+            self._find_weights(layers, embeds)
+            graph.backward = ready(
+                partial(_recompute_and_backward, layers, embeds, graph.d_hidden, graph.d_embeds, self.sums)
+            )
+            self.stale = True  # warming up has added to the sums
+        return graph
 
     def _find_weights(self, layers: _Layers, embeds: Tensor) -> None:
         if self.sums:

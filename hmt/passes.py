@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from hmt.backbone import embed, hidden_states
+from hmt.decode_graph import decode_graph
 from hmt.kv_cache import new_cache
 from hmt.layer_graphs import GraphedCall, graphed_call
 from hmt.outputs import SegmentResult
@@ -37,8 +38,7 @@ def read_segments(
     length, opened = config.segment_length, state.num_open
     text = join(state.open, new)
     if can_decode(model, state, new, use_cache):
-        hidden = decode_token(model.backbone, text, state.cache)
-        yield SegmentResult(hidden, open_segment(state, text, state.cache))
+        yield SegmentResult(_decode(model, text, state.cache), open_segment(state, text, state.cache))
         return
     segments = split(text, length)
     rematerializes = config.rematerialize and torch.is_grad_enabled() and len(segments) > 1
@@ -106,6 +106,15 @@ def can_decode(model: HMTForCausalLM, state: HMTState, new: Tokens, use_cache: b
     # a cache that another continuation of the same state has already extended no longer fits
     num_sensory = min(config.num_sensory, state.recent.length)
     return state.cache.get_seq_length() == config.num_memory + num_sensory + state.num_open
+
+
+def _decode(model: HMTForCausalLM, text: Tokens, cache: Any) -> Tensor:
+    """Hidden state [B, 1, d] of the last token of the open segment [B, t]; the cache holds all before it."""
+    if text.mask is None:
+        embeds = embed(model.backbone, text.ids[:, -1:])
+        if (graph := decode_graph(model, cache, embeds)) is not None:
+            return graph.run(cache, embeds)
+    return decode_token(model.backbone, text, cache)
 
 
 def recall_queries(

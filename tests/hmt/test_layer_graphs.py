@@ -211,7 +211,7 @@ def test_a_capture_that_fails_is_said_once_and_done_without(passes: list, monkey
     model.config.cuda_graphs = None
     monkeypatch.setattr(capture, "USES_BEFORE", 0)
     monkeypatch.setattr(layer_graphs.LayerGraphs, "_make", lambda *_: (_ for _ in ()).throw(RuntimeError("no\nway")))
-    with pytest.warns(UserWarning, match="without CUDA graphs .*: no"):
+    with pytest.warns(UserWarning, match="without a CUDA graph .*: no"):
         assert torch.equal(model.read(ids).queue, expected)
     assert not passes
     model.config.cuda_graphs = True
