@@ -202,8 +202,10 @@ def judge(
 ) -> Finding:
     """`number` is the compute capability, 90; `case` the launch of a Triton kernel."""
     problems = []
-    if code.spills:
+    if case is None and code.spills:
         problems.append(f"{code.spills} spill instructions")
+    elif case is not None and code.hot_spills > case.hot_spills:
+        problems.append(f"{code.hot_spills} spill instructions in its loops")
     if shared_memory > SHARED_MEMORY[number] * 1024:
         problems.append(f"shared memory above {SHARED_MEMORY[number]} KiB")
     if code.narrow_loads > short_loads:

@@ -31,6 +31,7 @@ class Case(NamedTuple):
     element_size: int
     tensor_cores: bool = False  # whether it has to use the instructions of its architecture's own
     short_loads: int = 0  # of one number a row, that the loops may hold
+    hot_spills: int = 0  # that the loops may hold, because no other tiles were as fast on a GPU
 
 
 def targets() -> list[Target]:

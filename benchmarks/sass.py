@@ -17,6 +17,7 @@ class Code(NamedTuple):
     registers: int
     shared_memory: int  # static
     spills: int  # instructions that read or write local memory
+    hot_spills: int  # of these, in the streaming loops
     wide_loads: int  # of 16 bytes or in bulk, in the streaming loops
     narrow_loads: int
     tensor_core: int  # instructions of the tensor cores
@@ -35,22 +36,19 @@ def parse(dump: str) -> list[Code]:
     codes = []
     for name, text in zip(pieces[::2], pieces[1::2], strict=True):
         instructions = [Instruction(int(a, 16), opcode, operands) for a, opcode, operands in _INSTRUCTION.findall(text)]
-        spills = sum(i.opcode.split(".")[0] in ("STL", "LDL") for i in instructions)
+        spilling = [i for i in instructions if i.opcode.split(".")[0] in ("STL", "LDL")]
+        streaming = streaming_loops(instructions)
+        hot = sum(any(start <= i.address <= end for start, end in streaming) for i in spilling)
         wide, narrow = streaming_loads(instructions)
         tensor_core = sum(i.opcode.split(".")[0] in ("HMMA", "HGMMA") for i in instructions)
         longest = loop_instructions(instructions)
-        codes.append(Code(name, *resources[name], spills, wide, narrow, tensor_core, longest))
+        codes.append(Code(name, *resources[name], len(spilling), hot, wide, narrow, tensor_core, longest))
     return codes
 
 
 def streaming_loads(instructions: list[Instruction]) -> tuple[int, int]:
-    """Global loads of 16 bytes or more, and of less, in the loops before the first atomic; anywhere without a loop.
-
-    The first atomic counts the blocks that are done; what follows it reads partial results, not the inputs.
-    """
-    first_atomic = _first_atomic(instructions)
-    streaming = [(start, end) for start, end in loops(instructions) if end < first_atomic]
-    streaming = streaming or [(0, first_atomic - 1)]
+    """Global loads of 16 bytes or more, and of less, in the streaming loops."""
+    streaming = streaming_loops(instructions)
     wide = narrow = 0
     for instruction in instructions:
         width = load_width(instruction.opcode)
@@ -58,6 +56,16 @@ def streaming_loads(instructions: list[Instruction]) -> tuple[int, int]:
             wide += width >= 16
             narrow += width < 16
     return wide, narrow
+
+
+def streaming_loops(instructions: list[Instruction]) -> list[tuple[int, int]]:
+    """The first and last addresses of the loops before the first atomic, or of all before it where there is no loop.
+
+    The first atomic counts the blocks that are done; what follows it reads partial results, not the inputs.
+    """
+    first_atomic = _first_atomic(instructions)
+    found = [(start, end) for start, end in loops(instructions) if end < first_atomic]
+    return found or [(0, first_atomic - 1)]
 
 
 def _first_atomic(instructions: list[Instruction]) -> int:

@@ -40,6 +40,8 @@ def why_not(model: HMTForCausalLM) -> str | None:
         return "there is nothing to capture on a CPU"
     if torch.compiler.is_compiling() or (model.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return "it is being compiled or captured itself"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast keeps casts of the weights, which a graph would go on reading"
     for module in model.modules():
         if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "adapter_layer_names"):
             return "a module has hooks or adapters, which may do something else at every call"
@@ -59,11 +61,10 @@ def why_not(model: HMTForCausalLM) -> str | None:
 
 def dependencies(model: HMTForCausalLM) -> tuple[Any, ...]:
     """What a captured pass does not look at again: where all weights lie, and how the layers compute."""
-    config, kind = model.config, model.device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    config = model.config
     attention = unwrap(model.backbone).config._attn_implementation
     scale = model.recall.softmax_scale if config.mode == "hmt" else None
-    how = (model.training, attention, selected(), scale, autocast)
+    how = (model.training, attention, selected(), scale)
     shape = (config.segment_length, config.num_sensory, config.cuda_graphs, config.compile_step)
     weights = chain(model.parameters(), model.buffers())
     return (*how, *shape, *((w.data_ptr(), w.dtype, w.shape, w.stride(), w.requires_grad) for w in weights))

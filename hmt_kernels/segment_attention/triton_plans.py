@@ -173,7 +173,7 @@ def plan_dkdv(
 ) -> Launch:
     """dk and dv from rotated q and k, and stats [2, B, Hq, Tq]."""
     batch, kv_heads, k_len, _ = k.shape
-    config = _config("dkdv", problem, k_len, batch * kv_heads * problem.group)
+    config = _config("dkdv", problem, k_len, batch * kv_heads)
     units = batch * kv_heads * math.ceil(k_len / config.block_n)
     splits = head_splits(units, problem.group, problem.target)
     sums = units * splits * 2 * config.block_n * sum(problem.tiles)

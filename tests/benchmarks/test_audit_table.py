@@ -15,7 +15,7 @@ from benchmarks.sass import Code
 from hmt_kernels.triton_launch import Target
 
 H100 = CARDS[90]
-CODE = Code("kernel", 64, 0, spills=0, wide_loads=1, narrow_loads=0, tensor_core=0, loop_length=90)
+CODE = Code("kernel", 64, 0, spills=0, hot_spills=0, wide_loads=1, narrow_loads=0, tensor_core=0, loop_length=90)
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,15 @@ def on_a_cpu(model: HMTForCausalLM) -> None:
     model.config.cuda_graphs = None
 
 
-@pytest.mark.parametrize("change", [dropout, hooked, dispatched, switched_off, on_a_cpu])
+def checkpointed(model: HMTForCausalLM) -> None:
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.gradient_checkpointing_enable()
+
+
+@pytest.mark.parametrize("change", [dropout, hooked, dispatched, switched_off, on_a_cpu, checkpointed])
 def test_what_cannot_be_captured_is_not(change: Callable, passes: list) -> None:
     model = dropout_model()
     model.eval()
@@ -172,6 +180,15 @@ def test_what_cannot_be_captured_is_not(change: Callable, passes: list) -> None:
     passes.clear()
     change(model)
     model(ids, labels=ids).loss.backward()
+    assert not passes
+
+
+def test_autocast_goes_without(passes: list) -> None:
+    """Its casts of the weights would be in a graph, and out of date after a step of an optimizer."""
+    ours, _ = pair()
+    ids = token_ids(1, 16 * 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours.float()(ids, labels=ids).loss.backward()
     assert not passes
 
 

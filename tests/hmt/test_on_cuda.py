@@ -128,9 +128,10 @@ def test_captured_passes_read_and_score_as_the_cpu_does(name: str, graphs: bool 
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-window", "gpt2", "gemma3"])
-def test_captured_training_has_the_gradients_of_the_cpu(name: str, captures: list) -> None:
+@pytest.mark.parametrize("offload", [False, True], ids=["kept", "offloaded"])
+def test_captured_training_has_the_gradients_of_the_cpu(name: str, offload: bool, captures: list) -> None:
     """Two steps of an optimizer, on texts with a ragged end; the second captures nothing."""
-    ours, theirs = pair(name, cuda_graphs=True)
+    ours, theirs = pair(name, cuda_graphs=True, offload_states=offload)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.01) for model in (ours, theirs)]
     for step in range(2):
         ids = token_ids(2, 16 * 4 + 5, seed=step)
@@ -146,7 +147,7 @@ def test_captured_training_has_the_gradients_of_the_cpu(name: str, captures: lis
     assert 0 < count == len(captures)
 
 
-def test_captured_training_under_autocast_and_offloaded() -> None:
+def test_training_under_autocast_goes_without_graphs() -> None:
     ours, theirs = pair(cuda_graphs=True, offload_states=True)[0], pair(cuda_graphs=False)[0]
     ids = token_ids(2, 16 * 5 + 3).cuda()
 
@@ -186,7 +187,7 @@ def test_generation_is_that_of_the_cpu(name: str, graphs: bool | None, captures:
     for seed in (0, 1):
         ids = token_ids(2, 21, seed=seed)
         assert torch.equal(ours.generate(ids.cuda(), **options).cpu(), theirs.generate(ids, **options))
-    assert captures
+    assert captures or name == "gemma3"  # whose windows keep it from decoding by a graph
 
 
 @contextlib.contextmanager

@@ -57,6 +57,7 @@ def test_heads_are_split_where_keys_are_few():
     """Evenly, no further than to one head each, and not where all tiles of keys fill the GPU by themselves."""
     assert configs.head_splits(51, 3, H100) == 3
     assert configs.head_splits(51, 1, H100) == 1
-    assert configs.head_splits(100, 8, H100) == 3  # 3, 3 and 2 heads
-    assert configs.head_splits(1000, 8, H100) == 1
+    assert configs.head_splits(136, 4, H100) == 4
+    assert configs.head_splits(200, 8, H100) == 3  # 3, 3 and 2 heads
+    assert configs.head_splits(264, 8, H100) == 1
     assert configs.head_splits(0, 4, H100) == 4
