@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,10 +22,11 @@ from benchmarks.sizes import DEVICE
 from hmt import HMTForCausalLM
 
 OURS = providers.OURS["model"]
-BFLOAT16, GRAPHS = f"{OURS}, bfloat16", f"{OURS}, CUDA graphs"
+BFLOAT16 = f"{OURS}, bfloat16"
+GRAPHS, NO_GRAPHS = f"{OURS}, cuda_graphs=True", f"{OURS}, cuda_graphs=False"
 KEPT = f"{OURS}, rematerialize=False"
 PLAIN, DROPPED, PEER = "plain loop", "plain loop, outputs dropped", "HMT-pytorch"
-READ_ONLY, TRAIN_ONLY = (BFLOAT16, GRAPHS, DROPPED), (KEPT,)
+READ_ONLY, TRAIN_ONLY = (BFLOAT16, DROPPED), (KEPT,)
 # as slow as the plain loop: of interest for its memory
 MEMORY_ONLY = (DROPPED,)
 # Per workload a function of token ids [1, T]. It returns "memories" [1, S, d] and, for "score", the "loss"; "train" the
@@ -133,12 +135,13 @@ def _slow_bfloat16() -> str | None:
 
 register("model", OURS, _ours)
 register("model", BFLOAT16, lambda **settings: _ours(dtype=torch.bfloat16, **settings), _slow_bfloat16)
-register(
-    "model",
-    GRAPHS,
-    lambda **settings: _ours(cuda_graphs=True, **settings),
-    lambda: None if DEVICE == "cuda" else "PyTorch sees no CUDA device",
-)
+for name, on in ((GRAPHS, True), (NO_GRAPHS, False)):
+    register(
+        "model",
+        name,
+        partial(_ours, cuda_graphs=on),
+        lambda: None if DEVICE == "cuda" else "PyTorch sees no CUDA device",
+    )
 register("model", KEPT, lambda **settings: _ours(rematerialize=False, **settings))
 register("model", PLAIN, lambda **settings: _plain_loop(plain_loop.read, **settings))
 register("model", DROPPED, lambda **settings: _plain_loop(plain_loop.read_dropping_outputs, **settings), peer.missing)

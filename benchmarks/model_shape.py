@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -26,20 +27,30 @@ CONFIG = LlamaConfig(
     tie_word_embeddings=True,
 )
 SETTINGS = {"segment_length": SEGMENT_LENGTH, "num_sensory": NUM_SENSORY, "queue_size": 300}
+LLAMA_7B = LlamaConfig(
+    vocab_size=size(32000, tiny=128),
+    hidden_size=size(4096, tiny=64),
+    intermediate_size=size(11008, tiny=96),
+    num_hidden_layers=size(32, tiny=2),
+    num_attention_heads=size(32, tiny=4),
+    max_position_embeddings=4096,
+)
 
 
-def build(dtype: torch.dtype = DTYPE, **settings: Any) -> HMTForCausalLM:
+def build(dtype: torch.dtype = DTYPE, shape: LlamaConfig = CONFIG, **settings: Any) -> HMTForCausalLM:
     """30 layers of width 576 with 9 heads over 3, vocabulary 49,152, tied embeddings; always the same weights."""
     torch.manual_seed(0)
-    backbone = AutoModelForCausalLM.from_config(CONFIG).eval()
-    model = HMTForCausalLM.from_backbone(backbone, **{"recall_dim": CONFIG.hidden_size, **SETTINGS, **settings})
+    given = {"dtype": dtype} if DEVICE == "cuda" else {}  # drawn in float32, seven billion of them would not fit thrice
+    with torch.device(DEVICE):
+        backbone = AutoModelForCausalLM.from_config(copy.deepcopy(shape), **given).eval()
+    model = HMTForCausalLM.from_backbone(backbone, **{"recall_dim": shape.hidden_size, **SETTINGS, **settings})
     return model.to(device=DEVICE, dtype=dtype)
 
 
-def weight_bytes() -> int:
+def weight_bytes(shape: LlamaConfig = CONFIG) -> int:
     """Of the backbone of `build`."""
     with torch.device("meta"):
-        backbone = AutoModelForCausalLM.from_config(CONFIG)
+        backbone = AutoModelForCausalLM.from_config(shape)
     return sum(p.numel() for p in backbone.parameters()) * DTYPE.itemsize
 
 

@@ -42,11 +42,12 @@ def status(field: str) -> int:
 
 
 def held_memory() -> int:
-    """Bytes that this process holds now; its peak is counted from here. On CUDA, bytes of tensors on the device."""
+    """Bytes that this process holds now; its peak is counted from here. On CUDA, what PyTorch has of the device."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
+        return torch.cuda.memory_reserved()  # with the memory of graphs
     if peak_unavailable():
         return 0
     # the heap keeps what was freed; counted as held, it would hide that much of the peak
@@ -59,5 +60,5 @@ def held_memory() -> int:
 def peak_memory() -> int:
     """The most that this process has held since the last `held_memory`, in bytes."""
     if DEVICE == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_reserved()
     return 0 if peak_unavailable() else status("VmHWM")

@@ -23,6 +23,7 @@ SUITES = {
     "training": "test_training.py",
     "long context": "test_long_context.py",
     "peer training": "test_peer_training.py",
+    "gpu model": "test_gpu_model.py",
 }
 SLOW = {"training": "test_training.py"}
 

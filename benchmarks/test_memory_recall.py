@@ -21,7 +21,7 @@ from hmt_kernels import memory_recall_step
 
 ROUNDS = size(11, tiny=3)
 SLOTS = size([300, 1024, 8192], tiny=[20, 40])
-DIMS = size([576, 4096], tiny=[64])
+DIMS = size({"cpu": [576, 4096], "cuda": [4096, 576]}[DEVICE], tiny=[64])  # on a GPU those with a goal first
 STEP_SLOTS, STEP_DIM = size((300, 4096), tiny=(20, 64))
 # of the largest element; both formulations round their queries once more than the kernel does
 TOLERANCE = {torch.bfloat16: 4e-2, torch.float32: 1e-4}

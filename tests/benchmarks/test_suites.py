@@ -21,6 +21,11 @@ SUITES = {
         ("hole T=24 B=1 H=9/3 D=64 fp32", "both", "SDPA, math"),
     ),
     "model": ("test_model", "read", ("read segments=2 L=16", "time", "plain loop")),
+    "gpu model": (
+        "test_gpu_model",
+        "score or SmolLM and decoding",
+        ("decode SmolLM-135M L=16", "time per token", "hmt, cuda_graphs=False"),
+    ),
     "long context": ("test_long_context", "linear or generation", ("generate context=80", "speed", "hmt")),
 }
 

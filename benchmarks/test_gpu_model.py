@@ -1,0 +1,135 @@
+"""Reading, scoring, training and decoding on a GPU, by turns in one process: two shapes, with CUDA graphs and without.
+
+The suites "model" and "training" give every provider a process of its own; that takes longer than a GPU is lent for.
+The memories of every text that is timed must be ours, as there. A first round, which captures graphs, does not count.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import costs, providers
+from benchmarks.model_providers import GRAPHS, NO_GRAPHS, PEER, PLAIN
+from benchmarks.model_rounds import check
+from benchmarks.model_shape import CONFIG, DTYPE, LLAMA_7B, NUM_SENSORY, build, weight_bytes
+from benchmarks.results import Row, median_ratio, row
+from benchmarks.roofline import ceilings
+from benchmarks.sizes import DEVICE, TINY, size
+
+ROUNDS = size(3, tiny=2)
+PROMPT, TOKENS = size(40, tiny=3), size(64, tiny=4)  # of the open segment, and generated
+# by shape: its config, the segment's length, and how many times HMT-pytorch's speed
+SHAPES = {"SmolLM-135M": (CONFIG, size(512, tiny=16), 10.0), "Llama-7B": (LLAMA_7B, size(1024, tiny=16), 2.5)}
+TRAIN_GOAL = 3.0
+# (shape, what, segments); seven billion parameters leave no room for several models' gradients
+WORKLOADS = [("SmolLM-135M", "read", 4), ("SmolLM-135M", "read", 16), ("SmolLM-135M", "score", 4)]
+WORKLOADS += [("SmolLM-135M", "train", 4), ("Llama-7B", "read", 4)]
+
+pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not TINY, reason="it is for a GPU")
+
+
+@functools.cache
+def runners(shape: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """What every provider reads, scores and trains with; and who cannot, with the reason."""
+    runners.cache_clear()  # the models of one shape at a time
+    config, length, _ = SHAPES[shape]
+    found, absent = {}, {}
+    for name in (GRAPHS, NO_GRAPHS, PLAIN, PEER):
+        provider = providers.get("model", name)
+        reason = provider.missing()
+        if reason is not None and not (TINY and name in (GRAPHS, NO_GRAPHS)):
+            absent[name] = reason
+        else:
+            found[name] = provider.make(shape=config, segment_length=length)
+    return found, absent
+
+
+def text(shape: str, segments: int) -> torch.Tensor:
+    config, length, _ = SHAPES[shape]
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(config.vocab_size, (1, segments * length), generator=generator).to(DEVICE)
+
+
+def named(what: str, shape: str, segments: int) -> str:
+    return f"{what} {shape} segments={segments} L={SHAPES[shape][1]}"
+
+
+def timed(call: Callable[[], object]) -> float:
+    wait()
+    start = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - start
+
+
+def wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize(("shape", "what", "segments"), WORKLOADS)
+def test_model(shape: str, what: str, segments: int, benchmark: Any, rows: list[Row], absent: dict[str, str]) -> None:
+    found, missing = runners(shape)
+    absent.update(missing)
+    ids, seconds = text(shape, segments), {name: [] for name in found}
+    with torch.set_grad_enabled(what == "train"):
+        results = {
+            name: {key: value.detach().float().cpu().numpy() for key, value in of[what](ids).items()}
+            for name, of in found.items()
+        }
+        for name, result in results.items():
+            check(name, result, results[GRAPHS])
+
+        def turn() -> None:
+            for name, of in found.items():
+                seconds[name].append(timed(functools.partial(of[what], ids)))
+
+        benchmark.pedantic(turn, rounds=ROUNDS)
+    config, length, read_goal = SHAPES[shape]
+    goal = TRAIN_GOAL if what == "train" else read_goal
+    cost = costs.model(what, config, segments, length, NUM_SENSORY, weight_bytes(config))
+    for name, values in seconds.items():
+        of_ours: dict[str, Any] = {
+            "cost": cost,
+            "ceilings": ceilings(DTYPE),
+            "ratio": median_ratio(values, seconds[GRAPHS]),
+            "ratio_to": GRAPHS,
+        }
+        of_ours["goal"] = f">= {goal:g}" if name == PEER else ""
+        rows.append(row("model on a GPU", named(what, shape, segments), "time", name, values, "ms", **of_ours))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_decoding(shape: str, benchmark: Any, rows: list[Row]) -> None:
+    """Per token of generate() after a text of one segment and a little; the time of the prompt is taken off."""
+    runners.cache_clear()
+    config, length, _ = SHAPES[shape]
+    ids = text(shape, 2)[:, : length + PROMPT]
+    names, seconds, tokens = {GRAPHS: True, NO_GRAPHS: False}, {}, {}
+    for name, on in names.items():
+        model = build(shape=config, segment_length=length, cuda_graphs=on)
+
+        def generate(count: int, model: Any = model) -> torch.Tensor:
+            return model.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+        tokens[name] = generate(2 + TOKENS)
+        seconds[name] = []
+        for _ in range(ROUNDS):
+            few, many = (timed(functools.partial(generate, count)) for count in (2, 2 + TOKENS))
+            seconds[name].append((many - few) / TOKENS)
+        del model
+    # in bfloat16 the two may part after a tie; the first tokens come from the same numbers
+    assert torch.equal(*(ids_of[:, : length + PROMPT + 2] for ids_of in tokens.values()))
+    benchmark.pedantic(lambda: None, rounds=1)
+    for name, values in seconds.items():
+        ratio = statistics.median(values) / statistics.median(seconds[GRAPHS])
+        workload = f"decode {shape} L={length}"
+        rows.append(row("model on a GPU", workload, "time per token", name, values, "ms", ratio=ratio, ratio_to=GRAPHS))
