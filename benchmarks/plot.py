@@ -1,7 +1,8 @@
 """Draws the figures of the README from the CSV files: python -m benchmarks.plot [--results FOLDER] [--device cpu|cuda].
 
-recall_time: time against N for all providers. attention_speedup: against T. long_context: tokens per second and memory
-against the context. roofline: what was reached of the ceilings of the run. training_memory: peak against the segments.
+recall_time: time against N for all providers. attention_speedup: against T. gpu_model: bars by workload. long_context:
+tokens per second and memory against the context. roofline: what was reached of the ceilings of the run.
+training_memory: peak against the segments.
 """
 
 from __future__ import annotations
@@ -85,9 +86,11 @@ def recall_time(rows: list[Row]) -> Figure | None:
 
 
 def attention_speedup(rows: list[Row]) -> Figure | None:
-    """Of forward and backward pass together, for the batch and head dimension that come first."""
-    of_attention = [row for row in select(rows, "segment attention", "both") if row["ratio"]]
-    kinds = [kind for kind in ("causal", "rotary", "hole") if select(of_attention, "segment attention", "both", kind)]
+    """Of the passes that were measured at the most lengths, for the batch and head dimension that come first."""
+    passes = {metric: select(rows, "segment attention", metric) for metric in ("both", "forward")}
+    metric = max(passes, key=lambda name: len({sizes(row["workload"])["T"] for row in passes[name]}))
+    of_attention = [row for row in passes[metric] if row["ratio"]]
+    kinds = [kind for kind in ("causal", "rotary", "hole") if select(of_attention, "segment attention", metric, kind)]
     if not kinds:
         return None
     dtype = collections.Counter(row["workload"].split()[-1] for row in of_attention).most_common(1)[0][0]
@@ -97,13 +100,36 @@ def attention_speedup(rows: list[Row]) -> Figure | None:
     for panel, kind in zip(axes, kinds, strict=True):
         shown = [
             row
-            for row in select(of_attention, "segment attention", "both", kind)
+            for row in select(of_attention, "segment attention", metric, kind)
             if row["workload"].endswith(dtype) and shape.items() <= sizes(row["workload"]).items()
         ]
         lines(panel, shown, "T", lambda row: float(row["ratio"]))
+        panel.set_yscale("log")
         panel.set_title(kind, fontsize=9)
-    axes[0].set_ylabel("time over ours, forward and backward")
+    axes[0].set_ylabel(f"time over ours, {'forward and backward' if metric == 'both' else metric}")
     legend(figure, axes)
+    return figure
+
+
+def gpu_model(rows: list[Row]) -> Figure | None:
+    """Bars of the time that every provider takes for a workload, over ours with CUDA graphs."""
+    timed = [row for row in rows if row["benchmark"] == "model on a GPU" and row["unit"] == "ms" and row["ratio"]]
+    workloads = list(dict.fromkeys(row["workload"] for row in timed))
+    if not workloads:
+        return None
+    figure, (axes,) = new_figure(1, f"Time over that with CUDA graphs\n{where(timed)}")
+    figure.set_size_inches(8, 0.8 + 0.75 * len(workloads))
+    providers = list(dict.fromkeys(row["provider"] for row in timed))
+    for row in timed:
+        place = workloads.index(row["workload"]) + 0.2 * (providers.index(row["provider"]) - len(providers) / 2)
+        label = row["provider"] if row is next(r for r in timed if r["provider"] == row["provider"]) else None
+        bar = axes.barh(place, float(row["ratio"]), 0.18, label=label, color=style(row["provider"])["color"])
+        axes.bar_label(bar, [f" {float(row['value']):.0f} ms"], fontsize=7)
+    axes.set_yticks(range(len(workloads)), workloads, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.margins(x=0.15)
+    legend(figure, [axes])
     return figure
 
 
@@ -186,6 +212,7 @@ def training_memory(rows: list[Row]) -> Figure | None:
 FIGURES: dict[str, Plot] = {
     "recall_time": recall_time,
     "attention_speedup": attention_speedup,
+    "gpu_model": gpu_model,
     "long_context": long_context,
     "roofline": roofline,
     "training_memory": training_memory,
