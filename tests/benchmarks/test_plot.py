@@ -20,6 +20,7 @@ def folder(tmp_path, monkeypatch):
         ("long context", "generate context={}", "speed", "tokens/s", (1000, 10000)),
         ("long context", "generate context={}", "peak memory", "MiB", (1000, 10000)),
         ("long context", "generate context={}", "kept per token of context", "B", (1000, 10000)),
+        ("model on a GPU", "read Llama-7B segments={} L=1024", "time", "ms", (4, 16)),
         ("training depth", "train segments={} L=64", "extra peak memory", "MiB", (4, 16)),
     ]
     rows = [
