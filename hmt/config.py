@@ -49,7 +49,7 @@ class HMTConfig(PreTrainedConfig):
         cuda_graphs: read summaries and full segments by CUDA graphs, captured once per shape and replayed, which saves
             the launches that small models wait for on a GPU. None does it on CUDA for shapes that come again, in passes
             without gradients; True at once, and in training too, where it takes memory for a second set of the
-            backbone's gradients; False never. Passes with padding, hooks, dropout or autocast always go without.
+            backbone's gradients; False never. Passes with padding, hooks or dropout always go without.
         compile_step: compile that step with torch.compile; the first segments then wait for the compiler.
 
     A saved config.json holds a SHA-256 of its fields; who edits the file by hand takes that line out.

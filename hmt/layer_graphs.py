@@ -106,23 +106,23 @@ class LayerGraphs:
         return graph
 
     def _try(self, model: HMTForCausalLM, make: Callable[..., Any]) -> Any:
-        ready = self._captured if model.device.type == "cuda" else lambda step: step
-        with torch.inference_mode(False), torch.no_grad():  # buffers that any later call may write to
+        if self.pool is None and model.device.type == "cuda":
+            self.pool = torch.cuda.graph_pool_handle()
+
+        def ready(step: Callable[[], object]) -> Callable[[], object]:
+            return capture.captured(step, model.device, self.pool)
+
+        with capture.to_be_captured():
             if model.config.cuda_graphs:
                 return make(ready)
             try:
                 return make(ready)
             except RuntimeError as error:
-                reason = str(error).splitlines()[0]
+                why = str(error).splitlines()[0]
                 warnings.warn(
-                    f"hmt goes on without a CUDA graph (cuda_graphs=False keeps it quiet): {reason}", stacklevel=2
+                    f"hmt goes on without a CUDA graph (cuda_graphs=False keeps it quiet): {why}", stacklevel=2
                 )
                 return None
-
-    def _captured(self, step: Callable[[], object]) -> Callable[[], object]:
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
-        return capture.captured(step, self.pool)
 
     def _make(
         self, model: HMTForCausalLM, shape: tuple[int, int], last_rows: int, training: bool, ready: Callable[..., Any]

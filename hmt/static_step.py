@@ -60,7 +60,7 @@ class StaticStep:
     """A step that is ready to run, and all that it depends on beside its buffers."""
 
     buffers: StepBuffers
-    run: Callable[[HMTForCausalLM], None]
+    run: Callable[[HMTForCausalLM], object]
     dependencies: tuple[Any, ...]
 
 
@@ -118,11 +118,11 @@ def why_not(model: HMTForCausalLM, state: HMTState) -> str | None:
 
 def _prepare(model: HMTForCausalLM, queue: Tensor, dependencies: tuple[Any, ...]) -> StaticStep:
     """A step for states with a queue like this one."""
-    with torch.inference_mode(False), torch.no_grad():  # buffers that any later call may write to
+    with capture.to_be_captured():
         buffers = new_buffers(model, queue)
         step = torch.compile(segment_step, dynamic=False) if model.config.compile_step else segment_step
         if model.config.cuda_graphs and queue.is_cuda:
-            replay = capture.captured(lambda: step(model, buffers))
+            replay = capture.captured(lambda: step(model, buffers), queue.device)
             return StaticStep(buffers, lambda model: replay(), dependencies)
     return StaticStep(buffers, lambda model: step(model, buffers), dependencies)
 

@@ -1,4 +1,4 @@
-"""Decoding through fixed buffers gives the tokens of the ordinary path, whoever else decodes; on CPU, uncaptured."""
+"""Decoding through fixed buffers gives the tokens of the ordinary path, whoever else decodes; on CPU, on a tape."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import copy
 import gc
 
 import pytest
+import tape
 import torch
 from backbones import hmt_model, token_ids
 
 from hmt import HMTForCausalLM, capture, decode_graph
+
+
+@pytest.fixture(autouse=True)
+def as_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "captured", tape.captured)
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ def test_captured_training_has_the_gradients_of_the_cpu(name: str, offload: bool
     assert 0 < count == len(captures)
 
 
-def test_training_under_autocast_goes_without_graphs() -> None:
+def test_captured_training_under_autocast() -> None:
     ours, theirs = pair(cuda_graphs=True, offload_states=True)[0], pair(cuda_graphs=False)[0]
     ids = token_ids(2, 16 * 5 + 3).cuda()
 
