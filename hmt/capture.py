@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -49,37 +49,66 @@ def to_be_captured() -> Iterator[None]:
         torch.set_autocast_cache_enabled(kept)
 
 
-def why_not(model: HMTForCausalLM) -> str | None:
-    """Why no pass of this model can be captured (None: one can), as far as a look at its modules tells."""
-    config = model.config
-    if config.cuda_graphs is None and not config.compile_step and model.device.type != "cuda":
-        return "there is nothing to capture on a CPU"
-    if torch.compiler.is_compiling() or (model.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return "it is being compiled or captured itself"
-    for module in model.modules():
-        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "adapter_layer_names"):
-            return "a module has hooks or adapters, which may do something else at every call"
-        if hasattr(module, "_hf_hook"):
-            return "accelerate moves weights to the device at every call"
-        if module.training and isinstance(module, nn.Dropout) and module.p:
-            return "dropout draws anew at every call"
-    backbone = unwrap(model.backbone)
+class Look(NamedTuple):
+    """What a look at a model tells, once per call."""
+
+    reason: str | None  # why no pass of it can be captured; None: one can
+    dependencies: tuple[Any, ...]  # what a captured pass does not look at again: where weights lie, how layers compute
+
+
+def look(model: HMTForCausalLM) -> Look:
+    """Whether passes of this model can be captured, and what captured ones depend on."""
+    reason = not_here(model)
+    if reason is not None:
+        return Look(reason, ())
+    config, kind, backbone = model.config, model.device.type, unwrap(model.backbone)
     if model.training and getattr(backbone.config, "attention_dropout", 0.0):
-        return "dropout draws anew at every call"
+        return Look("dropout draws anew at every call", ())
     if model.training and getattr(backbone, "is_gradient_checkpointing", False):
-        return "the backbone checkpoints its layers, which looks at the random number generator"
-    if any(type(p) not in (torch.Tensor, nn.Parameter) for p in model.parameters()):
-        return "parameters are sharded or of another kind"
+        return Look("the backbone checkpoints its layers, which looks at the random number generator", ())
+    autocast = is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    scale = model.recall.softmax_scale if config.mode == "hmt" else None
+    found: list[Any] = [model.training, backbone.config._attn_implementation, selected(), scale, autocast]
+    found += [config.segment_length, config.num_sensory, config.cuda_graphs, config.compile_step]
+    # one walk, without the generators of nn.Module: on a GPU a segment takes less time than theirs
+    waiting: list[nn.Module] = [model]
+    while waiting:
+        module = waiting.pop()
+        parts = vars(module)
+        if (reason := _why_not(module, parts)) is not None:
+            return Look(reason, ())
+        for w in (*parts["_parameters"].values(), *parts["_buffers"].values()):
+            if w is not None:
+                if type(w) not in (torch.Tensor, nn.Parameter):
+                    return Look("parameters are sharded or of another kind", ())
+                found.append((w.data_ptr(), w.dtype, w.shape, w.stride(), w.requires_grad))
+        waiting += [child for child in parts["_modules"].values() if child is not None]
+    return Look(None, tuple(found))
+
+
+def not_here(model: HMTForCausalLM) -> str | None:
+    """Why nothing of this model is captured here and now, whatever its modules are."""
+    config, kind = model.config, model.device.type
+    if config.cuda_graphs is False and not config.compile_step:
+        return "neither cuda_graphs nor compile_step is set"
+    if config.cuda_graphs is None and not config.compile_step and kind != "cuda":
+        return "there is nothing to capture on a CPU"
+    if torch.compiler.is_compiling() or (kind == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return "it is being compiled or captured itself"
     return None
 
 
-def dependencies(model: HMTForCausalLM) -> tuple[Any, ...]:
-    """What a captured pass does not look at again: where all weights lie, and how the layers compute."""
-    config, kind = model.config, model.device.type
-    autocast = is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    attention = unwrap(model.backbone).config._attn_implementation
-    scale = model.recall.softmax_scale if config.mode == "hmt" else None
-    how = (model.training, attention, selected(), scale, autocast)
-    shape = (config.segment_length, config.num_sensory, config.cuda_graphs, config.compile_step)
-    weights = chain(model.parameters(), model.buffers())
-    return (*how, *shape, *((w.data_ptr(), w.dtype, w.shape, w.stride(), w.requires_grad) for w in weights))
+def _why_not(module: nn.Module, parts: dict[str, Any]) -> str | None:
+    if parts["_forward_hooks"] or parts["_forward_pre_hooks"] or _has_adapters(type(module)):
+        return "a module has hooks or adapters, which may do something else at every call"
+    if "_hf_hook" in parts:
+        return "accelerate moves weights to the device at every call"
+    if parts["training"] and isinstance(module, nn.Dropout) and module.p:
+        return "dropout draws anew at every call"
+    return None
+
+
+@functools.cache
+def _has_adapters(kind: Any) -> bool:
+    """Whether modules of this class are PEFT's."""
+    return hasattr(kind, "adapter_layer_names")

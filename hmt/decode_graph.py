@@ -100,7 +100,7 @@ def decode_graph(model: HMTForCausalLM, cache: Any, embeds: Tensor) -> DecodeGra
 
 
 def _find(model: HMTForCausalLM, cache: SegmentCache, embeds: Tensor) -> DecodeGraph | None:
-    call = graphed_call(model)
+    call = graphed_call(model, capture.look(model))
     decoder = type(unwrap(model.backbone).base_model)
     if call is None or "position_ids" not in inspect.signature(decoder.forward).parameters:
         return None

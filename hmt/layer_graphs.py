@@ -183,12 +183,12 @@ class GraphedCall:
 _graphs: WeakKeyDictionary[HMTForCausalLM, dict[tuple[Any, ...], LayerGraphs]] = WeakKeyDictionary()
 
 
-def graphed_call(model: HMTForCausalLM) -> GraphedCall | None:
+def graphed_call(model: HMTForCausalLM, look: capture.Look) -> GraphedCall | None:
     """The graphs of this model, with its weights where they lie now; None where no pass can be captured."""
-    if model.config.cuda_graphs is False or capture.why_not(model) is not None:
+    if model.config.cuda_graphs is False or look.reason is not None:
         return None
-    kept, dependencies = _graphs.setdefault(model, {}), capture.dependencies(model)
-    kept[dependencies] = graphs = kept.pop(dependencies, None) or LayerGraphs()
+    kept = _graphs.setdefault(model, {})
+    kept[look.dependencies] = graphs = kept.pop(look.dependencies, None) or LayerGraphs()
     while len(kept) > KEPT_SETTINGS:
         kept.pop(next(iter(kept)))
     return GraphedCall(model, graphs)

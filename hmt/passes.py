@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from hmt import capture
 from hmt.backbone import embed, hidden_states
 from hmt.decode_graph import decode_graph
 from hmt.kv_cache import new_cache
@@ -42,9 +43,10 @@ def read_segments(
         return
     segments = split(text, length)
     rematerializes = config.rematerialize and torch.is_grad_enabled() and len(segments) > 1
-    call = graphed_call(model)
+    look = capture.look(model)
+    call = graphed_call(model, look)
     queries = recall_queries(model, segments, state, rematerializes, call)
-    with static_step(model, state, segments) as step:
+    with static_step(model, state, segments, look) as step:
         if step is not None:
             state = replace(state, queue=step.buffers.queue)
         elif segments[0].length == length and state.queue is not None:

@@ -100,12 +100,12 @@ def segment_step(model: HMTForCausalLM, buffers: StepBuffers) -> None:
     b.memory.copy_(rows[:, -1])
 
 
-def why_not(model: HMTForCausalLM, state: HMTState) -> str | None:
+def why_not(model: HMTForCausalLM, state: HMTState, look: capture.Look) -> str | None:
     """Why a pass of this model after `state` cannot take static steps; None: it can."""
     if not (model.config.cuda_graphs or model.config.compile_step):
         return "neither cuda_graphs nor compile_step is set"
-    if (reason := capture.why_not(model)) is not None:
-        return reason
+    if look.reason is not None:
+        return look.reason
     if torch.is_grad_enabled():
         return "gradients are recorded"
     if model.config.mode != "hmt" or state.queue is None:
@@ -128,20 +128,22 @@ def _prepare(model: HMTForCausalLM, queue: Tensor, dependencies: tuple[Any, ...]
 
 
 @contextlib.contextmanager
-def static_step(model: HMTForCausalLM, state: HMTState, segments: Sequence[Tokens]) -> Iterator[StaticStep | None]:
+def static_step(
+    model: HMTForCausalLM, state: HMTState, segments: Sequence[Tokens], look: capture.Look
+) -> Iterator[StaticStep | None]:
     """A step for one call's segments after `state`, with the state's queue in its buffers; None where there is no use.
 
     Nobody else gets the same step until the call ends. It is made anew when a weight lies elsewhere than before.
     """
     usable = [fits(model, segment) for segment in segments[state.num_closed == 0 :]]
-    if not any(usable) or why_not(model, state) is not None:
+    if not any(usable) or why_not(model, state, look) is not None:
         yield None
         return
     queue = state._queue()
     kept, key = _steps.setdefault(model, {}), (queue.shape, queue.dtype, queue.device)
-    step, dependencies = kept.pop(key, None), capture.dependencies(model)
-    if step is None or step.dependencies != dependencies:
-        step = _prepare(model, queue, dependencies)
+    step = kept.pop(key, None)
+    if step is None or step.dependencies != look.dependencies:
+        step = _prepare(model, queue, look.dependencies)
     step.buffers.queue.copy_(queue)  # only now: warming up writes to it
     try:
         yield step

@@ -125,7 +125,7 @@ def test_padding_in_the_open_segment_takes_the_ordinary_path(tokens: list) -> No
 
 @torch.no_grad()
 def test_by_itself_a_model_captures_after_a_few_tokens(tokens: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "why_not", lambda model: None)
+    monkeypatch.setattr(capture, "not_here", lambda model: None)
     ours, theirs = pair()
     ours.config.cuda_graphs = None
     ids = token_ids(1, 16)

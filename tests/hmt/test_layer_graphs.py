@@ -210,7 +210,7 @@ def test_under_autocast(passes: list) -> None:
 
 
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "why_not", lambda model: None)
+    monkeypatch.setattr(capture, "not_here", lambda model: None)
 
 
 @torch.no_grad()
