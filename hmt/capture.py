@@ -99,7 +99,8 @@ def not_here(model: HMTForCausalLM) -> str | None:
 
 
 def _why_not(module: nn.Module, parts: dict[str, Any]) -> str | None:
-    if parts["_forward_hooks"] or parts["_forward_pre_hooks"] or _has_adapters(type(module)):
+    kind: Any = type(module)
+    if parts["_forward_hooks"] or parts["_forward_pre_hooks"] or _has_adapters(kind):
         return "a module has hooks or adapters, which may do something else at every call"
     if "_hf_hook" in parts:
         return "accelerate moves weights to the device at every call"
