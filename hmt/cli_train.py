@@ -71,6 +71,11 @@ def add_train(commands: Any, add_memory_options: Any) -> None:
         "--accumulate", type=positive, default=1, metavar="A", help="batches per optimizer step (default 1)"
     )
     steps.add_argument("--bf16", action="store_true", help="compute in bfloat16, keep weights in float32")
+    steps.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="faster on a GPU, for a second set of gradients in its memory; without effect on LoRA factors",
+    )
     steps.add_argument("--lora-rank", type=positive, default=8, metavar="R")
     steps.add_argument("--lora-alpha", type=int, default=32, metavar="A")
     steps.add_argument("--seed", type=int, default=0)
@@ -99,6 +104,8 @@ def _train(arguments: argparse.Namespace) -> int:
     settings = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.causal:
         settings["summary_source"] = "previous"
+    if arguments.cuda_graphs:
+        settings["cuda_graphs"] = True
     torch.manual_seed(arguments.seed)
     loaded = load(arguments.model, dtype=torch.float32, device="cpu", **settings)  # Trainer moves it
     output = Path(arguments.output)
@@ -122,6 +129,7 @@ def _train(arguments: argparse.Namespace) -> int:
         eval_documents=evaluated,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
+    loaded.model.config.cuda_graphs = None  # who loads the result decides anew
     if trainer.is_world_process_zero():
         if arguments.what == "full":
             loaded.model.save_pretrained(output)
@@ -162,7 +170,7 @@ def training_arguments(arguments: argparse.Namespace, evaluates: bool) -> Traini
 
 def _checkpoint(output: Path, checkpoint: str | None, arguments: argparse.Namespace) -> str | None:
     """Where to resume from; the recipe of a training is kept beside its checkpoints and must not change."""
-    ignored = ("run", "resume", "output", "log_every", "save_every", "tensorboard")
+    ignored = ("run", "resume", "output", "log_every", "save_every", "tensorboard", "cuda_graphs")
     recipe = {name: value for name, value in vars(arguments).items() if name not in ignored}
     file = output / RECIPE
     if checkpoint is not None and not arguments.resume:

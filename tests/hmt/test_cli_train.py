@@ -13,6 +13,7 @@ from transformers import logging as transformers_logging
 
 from hmt.adapters import FILE
 from hmt.cli import main
+from hmt.layer_graphs import LayerGraph
 from hmt.loading import load
 
 SENTENCE = "It is a truth universally acknowledged, that a single man in possession of a good fortune... "
@@ -35,13 +36,21 @@ def quiet():
     transformers_logging.set_verbosity(level)
 
 
+@pytest.mark.parametrize("graphs", [False, True], ids=["", "cuda-graphs"])
 @pytest.mark.parametrize("what", ["memory", "lora", "full"])
-def test_train_then_evaluate(what: str, model_dir: Path, texts: Path, tmp_path: Path, capsys) -> None:
+def test_train_then_evaluate(
+    what: str, graphs: bool, model_dir: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     if what == "lora":
         pytest.importorskip("peft")
+    passes = []
+    run_back = LayerGraph.run_back
+    monkeypatch.setattr(LayerGraph, "run_back", lambda *arguments: passes.append(1) or run_back(*arguments))
     out = tmp_path / "out"
     command = ["train", str(texts), "--model", str(model_dir), "--output", str(out), "--what", what, *SMALL, *STEPS]
+    command += ["--cuda-graphs"] * graphs
     assert main([*command, "--eval-fraction", "0.3", "--batch-size", "2"]) == 0
+    assert bool(passes) == (graphs and what != "lora")
     printed = capsys.readouterr()
     assert re.search(r"training [\d,]+ parameters on 2 documents of [\d,]+ tokens", printed.err)
     for name in ("'loss'", "'ppl'", "'tokens_per_second'", "'eval_ppl'"):
@@ -49,7 +58,7 @@ def test_train_then_evaluate(what: str, model_dir: Path, texts: Path, tmp_path: 
     assert (out / FILE).is_file() == (what != "full")
 
     model, _, untrained = load(str(out))
-    assert not untrained and model.config.segment_length == 32
+    assert not untrained and model.config.segment_length == 32 and model.config.cuda_graphs is None
     trained, fresh = [], []
     for found, name in ((trained, out), (fresh, model_dir)):
         result = tmp_path / f"{name.name}.json"
