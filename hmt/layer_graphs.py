@@ -2,8 +2,8 @@
 
 A graph replaces the hundreds of launches of a pass, which on a GPU take longer than what they launch. In training the
 graph of the backward pass recomputes the layers from their input, so that one segment's activations exist at any depth.
-Passes with padding or a cache, and a text's ragged last segment, take the ordinary path. On a CPU, where nothing is
-captured, the same steps run through the same buffers.
+A text's ragged last segment runs as a whole one, whose other positions it does not see. Passes with padding or a cache
+take the ordinary path. On a CPU, where nothing is captured, the same steps run through the same buffers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ class _Layers(nn.Module):
 
 @dataclass
 class LayerGraph:
-    """The layers on [B, T, d] embeddings, or on fewer rows than B, and the hidden states of their last positions."""
+    """The layers on [B, T, d] embeddings, and the hidden states of their last positions.
+
+    Fewer rows, and rows with fewer positions, which no position after them can change, run as well.
+    """
 
     embeds: Tensor
     hidden: Tensor
@@ -54,20 +57,22 @@ class LayerGraph:
     d_embeds: Tensor | None = None
     backward: Callable[[], object] | None = None
 
-    def run(self, embeds: Tensor) -> Tensor:
-        rows = len(embeds)
-        self.embeds[:rows].copy_(embeds)
+    def run(self, embeds: Tensor, last_rows: int) -> Tensor:
+        """Hidden states of the last positions of `embeds`."""
+        rows, length, _ = embeds.shape
+        self.embeds[:rows, :length].copy_(embeds)
+        self.embeds[:rows, length:].zero_()  # whatever is left there must be finite
         self.forward()
-        return self.hidden[:rows].clone()  # the next pass overwrites the buffer
+        return self.hidden[:rows, :last_rows].clone()  # the next pass overwrites the buffer
 
     def run_back(self, embeds: Tensor, d_hidden: Tensor) -> Tensor:
         """Gradient of the embeddings; those of the weights are added to their sums."""
-        rows = len(embeds)
+        rows, length, _ = embeds.shape
         self.embeds.zero_()
-        self.embeds[:rows].copy_(embeds)
-        self.d_hidden.zero_()[:rows].copy_(d_hidden)  # type: ignore[union-attr]
+        self.embeds[:rows, :length].copy_(embeds)
+        self.d_hidden.zero_()[:rows, : d_hidden.shape[1]].copy_(d_hidden)  # type: ignore[union-attr]
         self.backward()  # type: ignore[misc]
-        return self.d_embeds[:rows].clone()  # type: ignore[index]
+        return self.d_embeds[:rows, :length].clone()  # type: ignore[index]
 
 
 @dataclass
@@ -172,11 +177,19 @@ class GraphedCall:
             self.token = _Gradients.apply(self.graphs, *self.graphs.weights.values())
         return partial(self._run, graph)
 
-    def _run(self, graph: LayerGraph, backbone: PreTrainedModel, embeds: Tensor, *args: Any) -> Tensor:
+    def _run(
+        self,
+        graph: LayerGraph,
+        backbone: PreTrainedModel,
+        embeds: Tensor,
+        mask: Tensor | None,
+        cache: Any,
+        last_rows: int,
+    ) -> Tensor:
         if self.token is None:
-            return graph.run(embeds)
+            return graph.run(embeds, last_rows)
         with offloaded(self.model.config.offload_states):
-            return _Pass.apply(self.graphs, graph, embeds, self.token)
+            return _Pass.apply(self.graphs, graph, embeds, last_rows, self.token)
 
 
 # not attributes of the models: a copied or pickled model must not take along graphs of the weights of another
@@ -213,10 +226,12 @@ class _Pass(torch.autograd.Function):
     """hidden [B, rows, d] of embeds [B, T, d]; keeps its input only."""
 
     @staticmethod
-    def forward(ctx: Any, graphs: LayerGraphs, graph: LayerGraph, embeds: Tensor, token: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, graphs: LayerGraphs, graph: LayerGraph, embeds: Tensor, last_rows: int, token: Tensor
+    ) -> Tensor:
         ctx.graphs, ctx.graph = graphs, graph
         ctx.save_for_backward(embeds)
-        return graph.run(embeds)
+        return graph.run(embeds, last_rows)
 
     @staticmethod
     @once_differentiable
@@ -225,7 +240,7 @@ class _Pass(torch.autograd.Function):
         if graphs.stale and graphs.sums:
             torch._foreach_zero_(list(graphs.sums.values()))
         graphs.stale = False
-        return None, None, ctx.graph.run_back(embeds, d_hidden), d_hidden.new_zeros(())
+        return None, None, ctx.graph.run_back(embeds, d_hidden), None, d_hidden.new_zeros(())
 
 
 class _Gradients(torch.autograd.Function):

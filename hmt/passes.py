@@ -78,14 +78,14 @@ def _read_in_turn(
         if step is not None and query is not None and fits(model, segment):
             hidden, memory, recalled, age = step_and_read(model, step, state, segment, query, pending)
         elif pending is None or query is None:
-            layers = _graphed_layers(call, state, segment)
+            layers = _graphed_layers(call, state, segment, cache)
             run = partial(_read, model, layers or hidden_states, replace(state, queue=None, cache=None), segment, cache)
             # the backward pass begins with the last segment: its activations are needed at once
             if rematerializes and not last and layers is None:
                 run = partial(rematerialized, run, offload=config.offload_states)
             hidden, memory, recalled, age = run(state.queue, query)
         else:
-            layers = _graphed_layers(call, state, segment) or hidden_states
+            layers = _graphed_layers(call, state, segment, cache) or hidden_states
             hidden, memory, recalled, age = _step_and_read(model, layers, state, segment, cache, query, pending)
         # the next segment's step writes it into the queue, together with its recall
         pending = memory if fuses and not last else None
@@ -182,14 +182,14 @@ def _graphed_summary(call: GraphedCall | None, batch: Tokens) -> Layers | None:
     return call.layers((1 << (rows - 1).bit_length(), length + 2), last_rows=1)
 
 
-def _graphed_layers(call: GraphedCall | None, state: HMTState, segment: Tokens) -> Layers | None:
-    """The layers of a full segment after `state` by a graph."""
-    if call is None or segment.mask is not None or segment.length < call.model.config.segment_length:
+def _graphed_layers(call: GraphedCall | None, state: HMTState, segment: Tokens, cache: Any) -> Layers | None:
+    """The layers of a segment after `state` by the graph of a full one."""
+    if call is None or segment.mask is not None or cache is not None:
         return None
     config = call.model.config
     num_sensory = state.recent.last(config.num_sensory).length
-    length = config.num_memory + num_sensory + segment.length + config.num_memory
-    return call.layers((state.batch_size, length), last_rows=segment.length + config.num_memory)
+    length = config.num_memory + num_sensory + config.segment_length + config.num_memory
+    return call.layers((state.batch_size, length), last_rows=config.segment_length + config.num_memory)
 
 
 def _read(

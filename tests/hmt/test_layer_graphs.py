@@ -43,10 +43,10 @@ def pair(name: str = "llama", **settings: object) -> tuple[HMTForCausalLM, HMTFo
     return ours, theirs
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("hmt", [1, 3, 4]), ("rmt", [1] * 8), ("baseline", [1] * 8)])
+@pytest.mark.parametrize(("mode", "expected"), [("hmt", [1, 1, 3, 4]), ("rmt", [1] * 9), ("baseline", [1] * 9)])
 @torch.no_grad()
 def test_reading(mode: str, expected: list[int], passes: list) -> None:
-    """The first segment and the summaries of the others, in batches; in other modes all segments but the ragged one."""
+    """The first segment, the ragged one, and the summaries of the full ones in batches; in other modes all segments."""
     ours, theirs = pair(mode=mode, summary_batch_size=4)
     ids = token_ids(1, 16 * 8 + 3)
     found, same = ours(ids, labels=ids), theirs(ids, labels=ids)
@@ -58,6 +58,15 @@ def test_reading(mode: str, expected: list[int], passes: list) -> None:
     torch.testing.assert_close(
         ours(ids[:, :40], state=found.state).logits, theirs(ids[:, :40], state=same.state).logits
     )
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Sums of other lengths round otherwise, and norms compute in float32; a gradient may be nothing but rounding."""
+    assert found.keys() == expected.keys()
+    largest = max(value.norm() for value in expected.values())
+    for name, value in expected.items():
+        error = (found[name] - value).norm() / max(value.norm(), 1e-9 * largest)
+        assert error <= 1e-6, f"{name}: relative error {error:.1e}"
 
 
 CASES = [(name, "hmt") for name in ("llama", "llama-tied", "mistral-window", "opt-projected", "gpt2", "gemma3")]
@@ -77,7 +86,7 @@ def test_training(name: str, mode: str, offload: bool, passes: list) -> None:
             gradients(model, lambda model=model, mask=mask: model(ids, attention_mask=mask, labels=ids).loss)
             for model in (ours, theirs)
         )
-        assert_same(found, expected, 1e-10)
+        assert_close(found, expected)
         back = [rows for direction, rows in passes if direction == "run_back"]
         assert len(back) == len(passes) / 2 and len(back) >= (5 if mask is None else 2)
 
