@@ -114,11 +114,14 @@ def _memories(wrapper: Any) -> Iterator[list[Tensor]]:
 
 
 def read(wrapper: Any, ids: Tensor, segment_length: int) -> Tensor:
-    """Memories [1, S, d] of a prompt; only its generate() reads prompts, so one token after this one is generated."""
+    """Memories [1, S, d] of a prompt; only its generate() reads prompts, so one token after this one is generated.
+
+    None where the prompt is shorter than a segment: S = 0 and d = 0.
+    """
     ids = torch.cat([ids, ids[:, :1]], dim=1)  # the open segment that it starts from
     with cuda_calls_allowed(), _memories(wrapper) as memories:
         wrapper.generate(ids, torch.ones_like(ids), segment_length, max_new_tokens=1, pad_token_id=0)
-    return torch.cat(memories, dim=1)
+    return torch.cat(memories, dim=1) if memories else torch.empty(1, 0, 0)
 
 
 def score(wrapper: Any, ids: Tensor, segment_length: int) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,8 @@ class LayerGraphs:
     """The graphs of a model, by shape, and the sums of its weights' gradients."""
 
     graphs: dict[tuple[Any, ...], Any] = field(default_factory=dict)
-    uses: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    uses: dict[tuple[Any, ...], int] = field(default_factory=dict)  # of a shape since its graph was dropped, if ever
+    made: dict[tuple[Any, ...], int] = field(default_factory=dict)  # how often a shape has been captured
     weights: dict[str, nn.Parameter] = field(default_factory=dict)  # those that the layers' outputs depend on
     sums: dict[str, Tensor] = field(default_factory=dict)
     stale: bool = True  # the sums are of an earlier backward pass
@@ -94,7 +95,9 @@ class LayerGraphs:
             return None  # it takes memory for a second set of gradients
         key = (shape, last_rows, weight.dtype, weight.device, training)
         self.uses[key] = self.uses.get(key, 0) + 1
-        if key not in self.graphs and model.config.cuda_graphs is None and self.uses[key] <= capture.USES_BEFORE:
+        # shapes that push each other out are captured ever more rarely
+        enough = capture.USES_BEFORE * 4 ** self.made.get(key, 0)
+        if key not in self.graphs and model.config.cuda_graphs is None and self.uses[key] <= enough:
             return None
         return self.get(model, key, partial(self._make, model, shape, last_rows, training))
 
@@ -105,9 +108,12 @@ class LayerGraphs:
         """
         if key not in self.graphs:
             self.graphs[key] = self._try(model, make)
+            self.made[key] = self.made.get(key, 0) + 1
         self.graphs[key] = graph = self.graphs.pop(key)  # the last one is the last to be dropped
         while len(self.graphs) > KEPT_GRAPHS:
-            self.graphs.pop(next(iter(self.graphs)))
+            dropped = next(iter(self.graphs))
+            del self.graphs[dropped]
+            self.uses.pop(dropped, None)
         return graph
 
     def _try(self, model: HMTForCausalLM, make: Callable[..., Any]) -> Any:

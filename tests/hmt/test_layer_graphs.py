@@ -235,6 +235,23 @@ def test_by_itself_a_model_captures_what_comes_again(passes: list, monkeypatch: 
     torch.testing.assert_close(state.queue, expected.queue)
 
 
+@torch.no_grad()
+def test_shapes_that_push_each_other_out_are_captured_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_cuda(monkeypatch)
+    monkeypatch.setattr(layer_graphs, "KEPT_GRAPHS", 1)
+    model, made = hmt_model(mode="rmt"), []
+    monkeypatch.setattr(capture, "captured", lambda step, *_: made.append(1) or step)
+    ids = [token_ids(rows, 16) for rows in (1, 2)]
+    counts = []
+    for turn in range(1, 41):
+        for text in ids:
+            model.read(text)
+        if turn in (4, 5, 20, 40):
+            counts.append(len(made))
+    # both after four uses; then each other's graph is dropped, and sixteen more uses are not enough until they are
+    assert counts == [0, 2, 2, 4]
+
+
 def test_by_itself_a_model_trains_without(passes: list, monkeypatch: pytest.MonkeyPatch) -> None:
     as_on_cuda(monkeypatch)
     model = hmt_model()
