@@ -32,7 +32,8 @@ def captured(step: Callable[[], object], device: torch.device, pool: Any = None)
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # other threads, such as one that pins a loader's batches, may go on allocating meanwhile
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         step()
     return graph.replay
 
