@@ -84,7 +84,7 @@ class LayerGraphs:
     made: dict[tuple[Any, ...], int] = field(default_factory=dict)  # how often a shape has been captured
     weights: dict[str, nn.Parameter] = field(default_factory=dict)  # those that the layers' outputs depend on
     sums: dict[str, Tensor] = field(default_factory=dict)
-    stale: bool = True  # the sums are of an earlier backward pass
+    summed: int | None = None  # the backward pass that the sums are of, while it is under way
     pool: Any = None  # of memory, shared: no graph leaves anything in it for another
 
     def find(self, model: HMTForCausalLM, shape: tuple[int, int], last_rows: int) -> LayerGraph | None:
@@ -149,7 +149,7 @@ class LayerGraphs:
             graph.backward = ready(
                 partial(_recompute_and_backward, layers, embeds, graph.d_hidden, graph.d_embeds, self.sums)
             )
-            self.stale = True  # warming up has added to the sums
+            self.summed = None  # warming up has added to the sums
         return graph
 
     def _find_weights(self, layers: _Layers, embeds: Tensor) -> None:
@@ -243,9 +243,10 @@ class _Pass(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_hidden: Tensor) -> tuple[Tensor | None, ...]:
         (embeds,), graphs = ctx.saved_tensors, ctx.graphs
-        if graphs.stale and graphs.sums:
+        # what asks for other gradients than the weights' never comes to the token, nor does what fails
+        if graphs.summed != (this := torch._C._current_graph_task_id()) and graphs.sums:
             torch._foreach_zero_(list(graphs.sums.values()))
-        graphs.stale = False
+        graphs.summed = this
         return None, None, ctx.graph.run_back(embeds, d_hidden), None, d_hidden.new_zeros(())
 
 
@@ -258,13 +259,12 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, graphs: LayerGraphs, *weights: Tensor) -> Tensor:
         ctx.graphs = graphs
-        graphs.stale = True  # of a backward pass that did not come to its end
         return weights[0].new_zeros(()) if weights else torch.zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.graphs.stale = True
+        ctx.graphs.summed = None
         sums = list(ctx.graphs.sums.values())
         # copies, in few launches: autograd holds on to them, while another call's passes already add up theirs
         return None, *(torch._foreach_mul(sums, 1.0) if sums else ())

@@ -105,6 +105,19 @@ def test_gradients_add_up_over_calls_and_over_losses(passes: list) -> None:
     assert passes
 
 
+def test_gradients_of_the_memory_alone_leave_nothing_behind() -> None:
+    """autograd.grad asks the passes, but not for the weights."""
+    ours, theirs = pair()
+    ids = token_ids(1, 16 * 4)
+
+    def run(model: HMTForCausalLM) -> torch.Tensor:
+        loss = model(ids, labels=ids).loss
+        torch.autograd.grad(loss, model.memory, retain_graph=True)
+        return loss
+
+    assert_same(*(gradients(model, lambda model=model: run(model)) for model in (ours, theirs)), 1e-10)
+
+
 def test_a_backward_pass_that_fails_leaves_nothing_behind() -> None:
     ours, theirs = pair()
     ids = token_ids(1, 16 * 4)
