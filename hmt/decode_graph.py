@@ -65,16 +65,22 @@ class DecodeGraph:
         return self.hidden.clone()
 
     def _move_in(self, cache: SegmentCache) -> None:
-        if (last := self.owner()) is cache:
-            return
-        if last is not None:
-            for layer in last.layers:
-                layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
-        for mine, layer in zip(self.cache.layers, cache.layers, strict=True):
-            mine.keys.copy_(layer.keys)  # type: ignore[union-attr]
-            mine.values.copy_(layer.values)  # type: ignore[union-attr]
-            layer.keys, layer.values = mine.keys, mine.values
+        places: list[tuple[Any, Any]] = list(zip(self.cache.layers, cache.layers, strict=True))
+        if (last := self.owner()) is not cache and last is not None:
+            for mine, layer in zip(self.cache.layers, last.layers, strict=True):
+                _part(mine, layer)
+        for mine, layer in places:
+            if layer.keys is not mine.keys:  # of another owner, or what beam search has put in their place
+                mine.keys.copy_(layer.keys)
+                mine.values.copy_(layer.values)
+                layer.keys, layer.values = mine.keys, mine.values
         self.owner = weakref.ref(cache)
+
+
+def _part(mine: Any, layer: Any) -> None:
+    """Give a layer of another cache memory of its own, if it has none."""
+    if layer.keys is mine.keys:
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
 
 class _Decoding:

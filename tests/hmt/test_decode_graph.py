@@ -55,6 +55,15 @@ def test_generation(name: str, rows: int, tokens: list) -> None:
     assert len(tokens) == (0 if name not in FULL else 40 - 1 - 2 * 2)
 
 
+@torch.no_grad()
+def test_beam_search_reorders_keys(tokens: list) -> None:
+    """Which puts the chosen rows into memory of their own."""
+    ours, theirs = pair()
+    beams = {**GREEDY, "num_beams": 3}
+    assert torch.equal(ours.generate(token_ids(2, 21), **beams), theirs.generate(token_ids(2, 21), **beams))
+    assert tokens
+
+
 class Text:
     """A text with its state, as one model reads it."""
 

@@ -187,6 +187,8 @@ def test_generation_is_that_of_the_cpu(name: str, graphs: bool | None, captures:
     for seed in (0, 1):
         ids = token_ids(2, 21, seed=seed)
         assert torch.equal(ours.generate(ids.cuda(), **options).cpu(), theirs.generate(ids, **options))
+        beams = {**options, "num_beams": 2}
+        assert torch.equal(ours.generate(ids.cuda(), **beams).cpu(), theirs.generate(ids, **beams))
     assert captures or name == "gemma3"  # whose windows keep it from decoding by a graph
 
 
