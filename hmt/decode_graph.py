@@ -84,10 +84,11 @@ def _part(mine: Any, layer: Any) -> None:
 
 
 class _Decoding:
-    """What is known of a cache: how many tokens it has decoded, and the graph that goes on."""
+    """What is known of a cache: how many tokens a model has decoded with it, and the graph that goes on."""
 
-    tokens = 0
-    graph: DecodeGraph | None = None
+    def __init__(self, model: HMTForCausalLM):
+        self.model, self.tokens = weakref.ref(model), 0
+        self.graph: DecodeGraph | None = None
 
 
 _decodings: WeakKeyDictionary[Cache, _Decoding] = WeakKeyDictionary()
@@ -98,7 +99,9 @@ def decode_graph(model: HMTForCausalLM, cache: Any, embeds: Tensor) -> DecodeGra
     wanted = model.config.cuda_graphs
     if wanted is False or torch.is_grad_enabled() or not batches(cache) or cache.batch is not None:
         return None
-    known = _decodings.setdefault(cache, _Decoding())
+    known = _decodings.get(cache)
+    if known is None or known.model() is not model:
+        known = _decodings[cache] = _Decoding(model)
     known.tokens += 1
     if known.tokens == (1 if wanted else 1 + capture.USES_BEFORE):
         known.graph = _find(model, cache, embeds)

@@ -106,6 +106,22 @@ def test_one_state_is_continued_twice(tokens: list) -> None:
 
 
 @torch.no_grad()
+def test_another_model_goes_on_with_its_own_weights() -> None:
+    first, second = pair()
+    other, plain = pair()
+    for model in (other, plain):
+        for p in model.backbone.model.layers.parameters():
+            p.mul_(1.1)
+    logits = []
+    for model, after in ((first, other), (second, plain)):
+        text = Text(model, 0)
+        text.next()
+        text.model = after
+        logits.append(text.next())
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_a_copied_state_goes_on_by_itself() -> None:
     models = pair()
     ours, theirs = (Text(model, 0) for model in models)
