@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,6 +37,25 @@ def captured(step: Callable[[], object], device: torch.device, pool: Any = None)
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         step()
     return graph.replay
+
+
+class Turn(contextlib.AbstractContextManager[None]):
+    """Graphs that share buffers or memory run one after another, whatever threads and streams they are run from."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last: torch.cuda.Stream | None = None
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        if torch.cuda.is_initialized():
+            stream = torch.cuda.current_stream()
+            if self._last is not None and self._last != stream:
+                stream.wait_stream(self._last)
+            self._last = stream
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
 
 
 @contextlib.contextmanager

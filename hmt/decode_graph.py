@@ -31,8 +31,14 @@ class DecodeGraph:
     """The layers on one token [B, 1, d] after those whose keys lie in `cache`."""
 
     def __init__(
-        self, backbone: PreTrainedModel, like: Any, embeds: Tensor, ready: Callable[..., Callable[[], object]]
+        self,
+        turn: capture.Turn,
+        backbone: PreTrainedModel,
+        like: Any,
+        embeds: Tensor,
+        ready: Callable[..., Callable[[], object]],
     ):
+        self.turn = turn
         self.embeds = torch.zeros_like(embeds)
         self.positions = torch.zeros(len(embeds), dtype=torch.long, device=embeds.device)
         layers: list[Any] = [
@@ -57,12 +63,13 @@ class DecodeGraph:
 
     def run(self, cache: SegmentCache, embeds: Tensor) -> Tensor:
         """Hidden state [B, 1, d] of one more token; its keys and values join the cache."""
-        self._move_in(cache)
-        self.embeds.copy_(embeds)
-        self.positions.fill_(cache.get_seq_length())
-        self.forward()
-        grow([cache])
-        return self.hidden.clone()
+        with self.turn:
+            self._move_in(cache)
+            self.embeds.copy_(embeds)
+            self.positions.fill_(cache.get_seq_length())
+            self.forward()
+            grow([cache])
+            return self.hidden.clone()
 
     def _move_in(self, cache: SegmentCache) -> None:
         places: list[tuple[Any, Any]] = list(zip(self.cache.layers, cache.layers, strict=True))
@@ -114,4 +121,6 @@ def _find(model: HMTForCausalLM, cache: SegmentCache, embeds: Tensor) -> DecodeG
     if call is None or "position_ids" not in inspect.signature(decoder.forward).parameters:
         return None
     key = ("decode", embeds.shape, embeds.dtype, cache.layers[0].get_max_length(), cache.layers[0].keys.dtype)  # type: ignore[union-attr]
-    return call.graphs.get(model, key, lambda ready: DecodeGraph(model.backbone, cache, embeds, ready))
+    return call.graphs.get(
+        model, key, lambda ready: DecodeGraph(call.graphs.turn, model.backbone, cache, embeds, ready)
+    )

@@ -50,6 +50,7 @@ class LayerGraph:
     Fewer rows, and rows with fewer positions, which no position after them can change, run as well.
     """
 
+    turn: capture.Turn
     embeds: Tensor
     hidden: Tensor
     forward: Callable[[], object]
@@ -60,19 +61,21 @@ class LayerGraph:
     def run(self, embeds: Tensor, last_rows: int) -> Tensor:
         """Hidden states of the last positions of `embeds`."""
         rows, length, _ = embeds.shape
-        self.embeds[:rows, :length].copy_(embeds)
-        self.embeds[:rows, length:].zero_()  # whatever is left there must be finite
-        self.forward()
-        return self.hidden[:rows, :last_rows].clone()  # the next pass overwrites the buffer
+        with self.turn:
+            self.embeds[:rows, :length].copy_(embeds)
+            self.embeds[:rows, length:].zero_()  # whatever is left there must be finite
+            self.forward()
+            return self.hidden[:rows, :last_rows].clone()  # the next pass overwrites the buffer
 
     def run_back(self, embeds: Tensor, d_hidden: Tensor) -> Tensor:
         """Gradient of the embeddings; those of the weights are added to their sums."""
         rows, length, _ = embeds.shape
-        self.embeds.zero_()
-        self.embeds[:rows, :length].copy_(embeds)
-        self.d_hidden.zero_()[:rows, : d_hidden.shape[1]].copy_(d_hidden)  # type: ignore[union-attr]
-        self.backward()  # type: ignore[misc]
-        return self.d_embeds[:rows, :length].clone()  # type: ignore[index]
+        with self.turn:
+            self.embeds.zero_()
+            self.embeds[:rows, :length].copy_(embeds)
+            self.d_hidden.zero_()[:rows, : d_hidden.shape[1]].copy_(d_hidden)  # type: ignore[union-attr]
+            self.backward()  # type: ignore[misc]
+            return self.d_embeds[:rows, :length].clone()  # type: ignore[index]
 
 
 @dataclass
@@ -86,6 +89,7 @@ class LayerGraphs:
     sums: dict[str, Tensor] = field(default_factory=dict)
     summed: int | None = None  # the backward pass that the sums are of, while it is under way
     pool: Any = None  # of memory, shared: no graph leaves anything in it for another
+    turn: capture.Turn = field(default_factory=capture.Turn)
 
     def find(self, model: HMTForCausalLM, shape: tuple[int, int], last_rows: int) -> LayerGraph | None:
         """The graph for embeddings of this shape [B, T], captured when it is needed; None: the ordinary path."""
@@ -106,15 +110,16 @@ class LayerGraphs:
 
         Where the model decides by itself, a capture that fails is said once, and None from then on.
         """
-        if key not in self.graphs:
-            self.graphs[key] = self._try(model, make)
-            self.made[key] = self.made.get(key, 0) + 1
-        self.graphs[key] = graph = self.graphs.pop(key)  # the last one is the last to be dropped
-        while len(self.graphs) > KEPT_GRAPHS:
-            dropped = next(iter(self.graphs))
-            del self.graphs[dropped]
-            self.uses.pop(dropped, None)
-        return graph
+        with self.turn:
+            if key not in self.graphs:
+                self.graphs[key] = self._try(model, make)
+                self.made[key] = self.made.get(key, 0) + 1
+            self.graphs[key] = graph = self.graphs.pop(key)  # the last one is the last to be dropped
+            while len(self.graphs) > KEPT_GRAPHS:
+                dropped = next(iter(self.graphs))
+                del self.graphs[dropped]
+                self.uses.pop(dropped, None)
+            return graph
 
     def _try(self, model: HMTForCausalLM, make: Callable[..., Any]) -> Any:
         if self.pool is None and model.device.type == "cuda":
@@ -142,7 +147,7 @@ class LayerGraphs:
         layers = _Layers(model.backbone, last_rows)
         embeds = weight.new_zeros(*shape, weight.shape[1])
         hidden = torch.empty_like(layers(embeds))
-        graph = LayerGraph(embeds, hidden, ready(lambda: hidden.copy_(layers(embeds))))
+        graph = LayerGraph(self.turn, embeds, hidden, ready(lambda: hidden.copy_(layers(embeds))))
         if training:
             graph.d_hidden, graph.d_embeds = torch.zeros_like(hidden), torch.zeros_like(embeds)
             self._find_weights(layers, embeds)

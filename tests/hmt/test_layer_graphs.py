@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tape
@@ -263,6 +264,18 @@ def test_shapes_that_push_each_other_out_are_captured_ever_more_rarely(monkeypat
             counts.append(len(made))
     # both after four uses; then each other's graph is dropped, and sixteen more uses are not enough until they are
     assert counts == [0, 2, 2, 4]
+
+
+@torch.no_grad()
+def test_threads_take_turns() -> None:
+    """Two texts that are read at once, through the same buffers."""
+    ours, theirs = pair()
+    texts = [token_ids(1, 16 * 12, seed=seed) for seed in range(4)]
+    ours.read(texts[0])
+    with ThreadPoolExecutor(4) as pool:
+        states = list(pool.map(ours.read, texts * 3))
+    for state, ids in zip(states, texts * 3, strict=True):
+        torch.testing.assert_close(state.queue, theirs.read(ids).queue)
 
 
 def test_by_itself_a_model_trains_without(passes: list, monkeypatch: pytest.MonkeyPatch) -> None:
