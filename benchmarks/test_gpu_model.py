@@ -7,6 +7,7 @@ The memories of every text that is timed must be ours, as there. A first round, 
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from benchmarks import costs, providers
 from benchmarks.model_providers import GRAPHS, NO_GRAPHS, PEER, PLAIN
@@ -74,6 +76,23 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
+class Clock(BaseStreamer):
+    """When each piece came out of generate(): the prompt, then the tokens, which are on the host by then."""
+
+    def __init__(self) -> None:
+        self.came: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.came.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    def seconds_per_token(self) -> list[float]:
+        """From the second token on: the first one waits for the prompt."""
+        return [later - earlier for earlier, later in itertools.pairwise(self.came[1:])]
+
+
 @pytest.mark.parametrize(("shape", "what", "segments"), WORKLOADS)
 def test_model(shape: str, what: str, segments: int, benchmark: Any, rows: list[Row], absent: dict[str, str]) -> None:
     found, missing = runners(shape)
@@ -109,7 +128,7 @@ def test_model(shape: str, what: str, segments: int, benchmark: Any, rows: list[
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_decoding(shape: str, benchmark: Any, rows: list[Row]) -> None:
-    """Per token of generate() after a text of one segment and a little; the time of the prompt is taken off."""
+    """Between two tokens of generate(), after a text of one segment and a little."""
     runners.cache_clear()
     config, length, _ = SHAPES[shape]
     ids = text(shape, 2)[:, : length + PROMPT]
@@ -117,17 +136,19 @@ def test_decoding(shape: str, benchmark: Any, rows: list[Row]) -> None:
     for name, on in names.items():
         model = build(shape=config, segment_length=length, cuda_graphs=on)
 
-        def generate(count: int, model: Any = model) -> torch.Tensor:
-            return model.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+        def generate(clock: Clock, model: Any = model) -> torch.Tensor:
+            options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            return model.generate(ids, max_new_tokens=1 + TOKENS, streamer=clock, **options)
 
-        tokens[name] = generate(2 + TOKENS)
-        seconds[name] = []
-        for _ in range(ROUNDS):
-            few, many = (timed(functools.partial(generate, count)) for count in (2, 2 + TOKENS))
-            seconds[name].append((many - few) / TOKENS)
+        tokens[name] = generate(Clock())
+        clocks = [Clock() for _ in range(ROUNDS)]
+        for clock in clocks:
+            generate(clock)
+        seconds[name] = [value for clock in clocks for value in clock.seconds_per_token()]
         del model
     # in bfloat16 the two may part after a tie; the first tokens come from the same numbers
     assert torch.equal(*(ids_of[:, : length + PROMPT + 2] for ids_of in tokens.values()))
+    assert all(len(values) == ROUNDS * TOKENS for values in seconds.values())
     benchmark.pedantic(lambda: None, rounds=1)
     for name, values in seconds.items():
         ratio = statistics.median(values) / statistics.median(seconds[GRAPHS])
