@@ -6,6 +6,7 @@ All have the same weights. Those that ours is compared with run on transformers'
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -24,6 +25,7 @@ from hmt import HMTForCausalLM
 OURS = providers.OURS["model"]
 BFLOAT16 = f"{OURS}, bfloat16"
 GRAPHS, NO_GRAPHS = f"{OURS}, cuda_graphs=True", f"{OURS}, cuda_graphs=False"
+COMPILED = f"{OURS}, compile_layers=True"
 KEPT = f"{OURS}, rematerialize=False"
 PLAIN, DROPPED, PEER = "plain loop", "plain loop, outputs dropped", "HMT-pytorch"
 READ_ONLY, TRAIN_ONLY = (BFLOAT16, DROPPED), (KEPT,)
@@ -133,6 +135,12 @@ def _slow_bfloat16() -> str | None:
     return None if has else "this processor has no instructions for bfloat16"
 
 
+def _slow_compiling() -> str | None:
+    if DEVICE == "cpu" and not shutil.which("c++"):
+        return "torch.compile finds no C++ compiler"
+    return peer.missing() and "torch.compile takes minutes: measured together with HMT-pytorch"
+
+
 register("model", OURS, _ours)
 register("model", BFLOAT16, lambda **settings: _ours(dtype=torch.bfloat16, **settings), _slow_bfloat16)
 for name, on in ((GRAPHS, True), (NO_GRAPHS, False)):
@@ -142,6 +150,12 @@ for name, on in ((GRAPHS, True), (NO_GRAPHS, False)):
         partial(_ours, cuda_graphs=on),
         lambda: None if DEVICE == "cuda" else "PyTorch sees no CUDA device",
     )
+register(
+    "model",
+    COMPILED,
+    lambda **settings: _ours(compile_layers=True, **settings),
+    _slow_compiling,
+)
 register("model", KEPT, lambda **settings: _ours(rematerialize=False, **settings))
 register("model", PLAIN, lambda **settings: _plain_loop(plain_loop.read, **settings))
 register("model", DROPPED, lambda **settings: _plain_loop(plain_loop.read_dropping_outputs, **settings), peer.missing)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from hmt import last_layer, rotary
+from hmt import compiled_layers, last_layer, rotary
 
 
 def unwrap(model: PreTrainedModel) -> PreTrainedModel:
@@ -183,12 +183,13 @@ def _check_outputs(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def patch_layers(model: PreTrainedModel, fused_rotary: bool | None) -> None:
-    """Follow `HMTConfig.fused_rotary`: both patches of single layers, or neither.
+def patch_layers(model: PreTrainedModel, fused_rotary: bool | None, compiled: bool = False) -> None:
+    """Follow `HMTConfig.fused_rotary`: both patches of single layers, or neither; and `HMTConfig.compile_layers`.
 
     Raises:
         ValueError: True for a model that cannot have them, with the reason.
     """
+    compiled_layers.restore(model)
     if fused_rotary is False:
         last_layer.restore(model)
         rotary.unfuse_rotary(model)
@@ -198,3 +199,7 @@ def patch_layers(model: PreTrainedModel, fused_rotary: bool | None) -> None:
         rotary.install(model, everywhere=False)
     if fused_rotary is not False:
         last_layer.shorten(model)
+    if compiled:
+        if is_recurrent(model):  # a loop over positions would be unrolled
+            raise ValueError(f"compile_layers must be false for a recurrent backbone, got {type(model).__name__}")
+        compiled_layers.compile_layers(model)

@@ -90,7 +90,7 @@ def look(model: HMTForCausalLM) -> Look:
     autocast = is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     scale = model.recall.softmax_scale if config.mode == "hmt" else None
     found: list[Any] = [model.training, backbone.config._attn_implementation, selected(), scale, autocast]
-    found += [config.segment_length, config.num_sensory, config.cuda_graphs, config.compile_step]
+    found += [config.segment_length, config.num_sensory, config.cuda_graphs]
     # one walk, without the generators of nn.Module: on a GPU a segment takes less time than theirs
     waiting: list[nn.Module] = [model]
     while waiting:
@@ -110,9 +110,9 @@ def look(model: HMTForCausalLM) -> Look:
 def not_here(model: HMTForCausalLM) -> str | None:
     """Why nothing of this model is captured here and now, whatever its modules are."""
     config, kind = model.config, model.device.type
-    if config.cuda_graphs is False and not config.compile_step:
-        return "neither cuda_graphs nor compile_step is set"
-    if config.cuda_graphs is None and not config.compile_step and kind != "cuda":
+    if config.cuda_graphs is False:
+        return "cuda_graphs is false"
+    if config.cuda_graphs is None and kind != "cuda":
         return "there is nothing to capture on a CPU"
     if torch.compiler.is_compiling() or (kind == "cuda" and torch.cuda.is_current_stream_capturing()):
         return "it is being compiled or captured itself"

@@ -76,6 +76,11 @@ def add_train(commands: Any, add_memory_options: Any) -> None:
         action="store_true",
         help="faster on a GPU, for a second set of gradients in its memory; without effect on LoRA factors",
     )
+    steps.add_argument(
+        "--compile-layers",
+        action="store_true",
+        help="faster and smaller after a minute of torch.compile (needs a C++ compiler, on a GPU Triton)",
+    )
     steps.add_argument("--lora-rank", type=positive, default=8, metavar="R")
     steps.add_argument("--lora-alpha", type=int, default=32, metavar="A")
     steps.add_argument("--seed", type=int, default=0)
@@ -106,6 +111,8 @@ def _train(arguments: argparse.Namespace) -> int:
         settings["summary_source"] = "previous"
     if arguments.cuda_graphs:
         settings["cuda_graphs"] = True
+    if arguments.compile_layers:
+        settings["compile_layers"] = True
     torch.manual_seed(arguments.seed)
     loaded = load(arguments.model, dtype=torch.float32, device="cpu", **settings)  # Trainer moves it
     output = Path(arguments.output)
@@ -129,7 +136,7 @@ def _train(arguments: argparse.Namespace) -> int:
         eval_documents=evaluated,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    loaded.model.config.cuda_graphs = None  # who loads the result decides anew
+    loaded.model.config.update({"cuda_graphs": None, "compile_layers": False})  # who loads the result decides anew
     if trainer.is_world_process_zero():
         if arguments.what == "full":
             loaded.model.save_pretrained(output)
@@ -170,7 +177,7 @@ def training_arguments(arguments: argparse.Namespace, evaluates: bool) -> Traini
 
 def _checkpoint(output: Path, checkpoint: str | None, arguments: argparse.Namespace) -> str | None:
     """Where to resume from; the recipe of a training is kept beside its checkpoints and must not change."""
-    ignored = ("run", "resume", "output", "log_every", "save_every", "tensorboard", "cuda_graphs")
+    ignored = ("run", "resume", "output", "log_every", "save_every", "tensorboard", "cuda_graphs", "compile_layers")
     recipe = {name: value for name, value in vars(arguments).items() if name not in ignored}
     file = output / RECIPE
     if checkpoint is not None and not arguments.resume:

@@ -50,7 +50,8 @@ class HMTConfig(PreTrainedConfig):
             the launches that small models wait for on a GPU. None does it on CUDA for shapes that come again, in passes
             without gradients; True at once, and in training too, where it takes memory for a second set of the
             backbone's gradients; False never. Passes with padding, hooks or dropout always go without.
-        compile_step: compile that step with torch.compile; the first segments then wait for the compiler.
+        compile_layers: compile the backbone's layers with torch.compile; one compilation serves all of them, and the
+            first few passes wait for it. Not together with fused_rotary=True.
 
     A saved config.json holds a SHA-256 of its fields; who edits the file by hand takes that line out.
 
@@ -83,7 +84,7 @@ class HMTConfig(PreTrainedConfig):
     bptt_depth: int | None = None
     offload_states: bool = False
     cuda_graphs: bool | None = None
-    compile_step: bool = False
+    compile_layers: bool = False
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -148,9 +149,12 @@ class HMTConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be an integer >= 1 or None, got {value!r}")
         if self.cuda_graphs is not None and not isinstance(self.cuda_graphs, bool):
             raise ValueError(f"cuda_graphs must be true, false or None, got {self.cuda_graphs!r}")
-        for name in ("rematerialize", "offload_states", "compile_step"):
+        for name in ("rematerialize", "offload_states", "compile_layers"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+
+        if self.compile_layers and self.fused_rotary:
+            raise ValueError("compile_layers must be false with fused_rotary=True, got true: compiled layers rotate")
 
     @property
     def summary_length(self) -> int:

@@ -57,7 +57,7 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
         if backbone is None:
             backbone = AutoModelForCausalLM.from_config(config.text_config)
             _set_attention(backbone, requested_attention)
-            patch_layers(backbone, config.fused_rotary)
+            patch_layers(backbone, config.fused_rotary, config.compile_layers)
         self.backbone = backbone
         # one object, so that resizing embeddings or changing the attention of either is seen by both
         config.text_config = backbone.config
@@ -110,7 +110,7 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
         for parameter in model.parameters(recurse=False):
             parameter.data = parameter.data.to(embeddings)
         _set_attention(backbone, attn_implementation, loaded_with=attention)
-        patch_layers(backbone, model.config.fused_rotary)
+        patch_layers(backbone, model.config.fused_rotary, model.config.compile_layers)
         return model.train(backbone.training)
 
     def get_input_embeddings(self) -> nn.Module:

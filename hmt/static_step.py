@@ -1,8 +1,8 @@
 """A full segment as one call of static shapes: on CUDA captured once as a graph and replayed for every segment.
 
-`HMTConfig.cuda_graphs` and `compile_step` turn it on, for every pass that records no gradients. A text's first segment,
-its ragged last one and segments with padding take another path: the first has other inputs (`hmt.layer_graphs`), the
-last would compute a whole segment for its few tokens and has to fill a cache for decoding.
+`HMTConfig.cuda_graphs` turns it on, for every pass that records no gradients. A text's first segment, its ragged last
+one and segments with padding take another path: the first has other inputs (`hmt.layer_graphs`), the last would compute
+a whole segment for its few tokens and has to fill a cache for decoding.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def segment_step(model: HMTForCausalLM, buffers: StepBuffers) -> None:
 
 def why_not(model: HMTForCausalLM, state: HMTState, look: capture.Look) -> str | None:
     """Why a pass of this model after `state` cannot take static steps; None: it can."""
-    if not (model.config.cuda_graphs or model.config.compile_step):
-        return "neither cuda_graphs nor compile_step is set"
+    if not model.config.cuda_graphs:
+        return "cuda_graphs is not set"
     if look.reason is not None:
         return look.reason
     if torch.is_grad_enabled():
@@ -120,11 +120,10 @@ def _prepare(model: HMTForCausalLM, queue: Tensor, dependencies: tuple[Any, ...]
     """A step for states with a queue like this one."""
     with capture.to_be_captured():
         buffers = new_buffers(model, queue)
-        step = torch.compile(segment_step, dynamic=False) if model.config.compile_step else segment_step
-        if model.config.cuda_graphs and queue.is_cuda:
-            replay = capture.captured(lambda: step(model, buffers), queue.device)
+        if queue.is_cuda:
+            replay = capture.captured(lambda: segment_step(model, buffers), queue.device)
             return StaticStep(buffers, lambda model: replay(), dependencies)
-    return StaticStep(buffers, lambda model: step(model, buffers), dependencies)
+    return StaticStep(buffers, lambda model: segment_step(model, buffers), dependencies)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
@@ -9,8 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import logging as transformers_logging
 
+from hmt import compiled_layers
 from hmt.adapters import FILE
 from hmt.cli import main
 from hmt.layer_graphs import LayerGraph
@@ -36,21 +39,27 @@ def quiet():
     transformers_logging.set_verbosity(level)
 
 
-@pytest.mark.parametrize("graphs", [False, True], ids=["", "cuda-graphs"])
-@pytest.mark.parametrize("what", ["memory", "lora", "full"])
+@pytest.mark.parametrize(
+    ("what", "option"),
+    [(what, option) for what in ("memory", "lora", "full") for option in ("", "--cuda-graphs")]
+    + [("full", "--compile-layers")],
+)
 def test_train_then_evaluate(
-    what: str, graphs: bool, model_dir: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    what: str, option: str, model_dir: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     if what == "lora":
         pytest.importorskip("peft")
-    passes = []
+    passes, compiled = [], []
     run_back = LayerGraph.run_back
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(1) or function)
+    monkeypatch.setattr(compiled_layers, "_compiled", functools.cache(compiled_layers._compiled.__wrapped__))
     monkeypatch.setattr(LayerGraph, "run_back", lambda *arguments: passes.append(1) or run_back(*arguments))
     out = tmp_path / "out"
     command = ["train", str(texts), "--model", str(model_dir), "--output", str(out), "--what", what, *SMALL, *STEPS]
-    command += ["--cuda-graphs"] * graphs
+    command += [option] if option else []
     assert main([*command, "--eval-fraction", "0.3", "--batch-size", "2"]) == 0
-    assert bool(passes) == (graphs and what != "lora")
+    assert bool(passes) == (option == "--cuda-graphs" and what != "lora")
+    assert bool(compiled) == (option == "--compile-layers")
     printed = capsys.readouterr()
     assert re.search(r"training [\d,]+ parameters on 2 documents of [\d,]+ tokens", printed.err)
     for name in ("'loss'", "'ppl'", "'tokens_per_second'", "'eval_ppl'"):
@@ -58,7 +67,8 @@ def test_train_then_evaluate(
     assert (out / FILE).is_file() == (what != "full")
 
     model, _, untrained = load(str(out))
-    assert not untrained and model.config.segment_length == 32 and model.config.cuda_graphs is None
+    assert not untrained and model.config.segment_length == 32
+    assert model.config.cuda_graphs is None and not model.config.compile_layers
     trained, fresh = [], []
     for found, name in ((trained, out), (fresh, model_dir)):
         result = tmp_path / f"{name.name}.json"

@@ -340,7 +340,7 @@ def test_bad_arguments(arguments: dict, error: type[Exception], message: str) ->
         ({"rematerialize": "yes"}, "rematerialize"),
         ({"offload_states": 1}, "offload_states"),
         ({"cuda_graphs": 1}, "cuda_graphs"),
-        ({"compile_step": "max"}, "compile_step"),
+        ({"compile_layers": "max"}, "compile_layers"),
     ],
     ids=str,
 )

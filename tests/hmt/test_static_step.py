@@ -210,24 +210,3 @@ def test_inference_mode_leaves_buffers_that_can_be_written() -> None:
     with torch.inference_mode():
         ours.read(ids)
     torch.testing.assert_close(ours.read(ids).queue, theirs.read(ids).queue, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced as a whole, without a break, by the stages of torch.compile that come before its code generator."""
-    compile_, made = torch.compile, []
-
-    def traced(function: Callable, **options: object) -> Callable:
-        made.append(compile_(function, backend="aot_eager", fullgraph=True, **options))
-        return made[-1]
-
-    monkeypatch.setattr(torch, "compile", traced)
-    ours, theirs = hmt_model(compile_step=True), hmt_model()
-    theirs.load_state_dict(ours.state_dict())
-    ids = token_ids(2, 16 * 5 + 3)
-    found, expected = (model(ids, labels=ids, logits_to_keep=0) for model in (ours, theirs))
-    assert len(made) == 1
-    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.state.queue, expected.state.queue, atol=1e-5, rtol=1e-5)
-    new_data(ours), new_data(theirs)
-    torch.testing.assert_close(ours.read(ids).queue, theirs.read(ids).queue, atol=1e-5, rtol=1e-5)
