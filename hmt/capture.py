@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from hmt.backbone import unwrap
 from hmt_kernels.autocast import is_autocast_enabled
@@ -18,41 +19,55 @@ from hmt_kernels.dispatch import selected
 if TYPE_CHECKING:
     from hmt.model import HMTForCausalLM
 
+DEVICES = ("cuda",)  # that something can be captured on
 WARM_UPS = 3
 USES_BEFORE = 4  # of a shape, before a model that decides by itself captures it: a capture costs about as much
+
+
+_capturing = threading.Lock()  # one capture at a time in a process
+_streams: dict[torch.device, torch.cuda.Stream] = {}  # one for all captures: memory of a pool belongs to a stream
 
 
 def captured(step: Callable[[], object], device: torch.device, pool: Any = None) -> Callable[[], object]:
     """The step as a replayed CUDA graph; what it reads and writes must lie where it lies now. On a CPU, the step."""
     if device.type != "cuda":
         return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UPS):
+    current = torch.cuda.current_stream(device)
+    # the outer stream comes back in any case: a capture that fails leaves its own behind
+    with _capturing, torch.cuda.device(device), torch.cuda.stream(current):
+        side = _streams.setdefault(device, torch.cuda.Stream(device))
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                step()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # other threads, such as one that pins a loader's batches, may go on allocating meanwhile
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # other threads, such as one that pins a loader's batches, may go on allocating meanwhile
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        step()
     return graph.replay
 
 
 class Turn(contextlib.AbstractContextManager[None]):
     """Graphs that share buffers or memory run one after another, whatever threads and streams they are run from."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._lock = threading.Lock()
         self._last: torch.cuda.Stream | None = None
 
     def __enter__(self) -> None:
         self._lock.acquire()
-        if torch.cuda.is_initialized():
-            stream = torch.cuda.current_stream()
+        if self.device.type != "cuda":
+            return
+        try:
+            stream = torch.cuda.current_stream(self.device)
             if self._last is not None and self._last != stream:
                 stream.wait_stream(self._last)
             self._last = stream
+        except BaseException:
+            self._lock.release()
+            raise
 
     def __exit__(self, *error: object) -> None:
         self._lock.release()
@@ -64,47 +79,75 @@ def to_be_captured() -> Iterator[None]:
     kept = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        # nor do the caller's hooks see what is saved: a checkpoint would run the model again
+        with torch.inference_mode(False), torch.no_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
             yield
     finally:
         torch.set_autocast_cache_enabled(kept)
+
+
+class Drawing:
+    """Whether random numbers have been drawn since: a replay would draw others than a recomputation, or none anew."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._before = device, self._states(device)
+
+    @staticmethod
+    def _states(device: torch.device) -> list[torch.Tensor]:
+        of_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+        return [torch.get_rng_state(), *of_device]
+
+    def undone(self) -> bool:
+        """Whether there were any; the generators stand where they stood then."""
+        if all(map(torch.equal, self._before, self._states(self.device))):
+            return False
+        torch.set_rng_state(self._before[0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(self._before[1], self.device)
+        return True
 
 
 class Look(NamedTuple):
     """What a look at a model tells, once per call."""
 
     reason: str | None  # why no pass of it can be captured; None: one can
-    dependencies: tuple[Any, ...]  # what a captured pass does not look at again: where weights lie, how layers compute
+    # what a captured pass does not look at again: how layers compute, and where the weights lie
+    dependencies: tuple[tuple[Any, ...], tuple[Any, ...]]
 
 
 def look(model: HMTForCausalLM) -> Look:
     """Whether passes of this model can be captured, and what captured ones depend on."""
     reason = not_here(model)
     if reason is not None:
-        return Look(reason, ())
+        return Look(reason, ((), ()))
     config, kind, backbone = model.config, model.device.type, unwrap(model.backbone)
     if model.training and getattr(backbone.config, "attention_dropout", 0.0):
-        return Look("dropout draws anew at every call", ())
+        return Look("dropout draws anew at every call", ((), ()))
     if model.training and getattr(backbone, "is_gradient_checkpointing", False):
-        return Look("the backbone checkpoints its layers, which looks at the random number generator", ())
+        return Look("the backbone checkpoints its layers, which looks at the random number generator", ((), ()))
     autocast = is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     scale = model.recall.softmax_scale if config.mode == "hmt" else None
     found: list[Any] = [model.training, backbone.config._attn_implementation, selected(), scale, autocast]
     found += [config.segment_length, config.num_sensory, config.cuda_graphs]
+    found.append(getattr(backbone.config, "num_hidden_layers", None))
+    lie: list[Any] = []
     # one walk, without the generators of nn.Module: on a GPU a segment takes less time than theirs
     waiting: list[nn.Module] = [model]
     while waiting:
         module = waiting.pop()
         parts = vars(module)
         if (reason := _why_not(module, parts)) is not None:
-            return Look(reason, ())
+            return Look(reason, ((), ()))
+        if "forward" in parts:
+            found.append(parts["forward"])
         for w in (*parts["_parameters"].values(), *parts["_buffers"].values()):
             if w is not None:
                 if type(w) not in (torch.Tensor, nn.Parameter):
-                    return Look("parameters are sharded or of another kind", ())
-                found.append((w.data_ptr(), w.dtype, w.shape, w.stride(), w.requires_grad))
+                    return Look("parameters are sharded or of another kind", ((), ()))
+                found.append(w.requires_grad)
+                lie.append((w.data_ptr(), w.dtype, w.shape, w.stride()))
         waiting += [child for child in parts["_modules"].values() if child is not None]
-    return Look(None, tuple(found))
+    return Look(None, (tuple(found), tuple(lie)))
 
 
 def not_here(model: HMTForCausalLM) -> str | None:
@@ -112,16 +155,23 @@ def not_here(model: HMTForCausalLM) -> str | None:
     config, kind = model.config, model.device.type
     if config.cuda_graphs is False:
         return "cuda_graphs is false"
-    if config.cuda_graphs is None and kind != "cuda":
-        return "there is nothing to capture on a CPU"
+    if kind not in DEVICES or (config.cuda_graphs is None and kind != "cuda"):
+        return f"nothing is captured on {kind}"
     if torch.compiler.is_compiling() or (kind == "cuda" and torch.cuda.is_current_stream_capturing()):
         return "it is being compiled or captured itself"
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
+        return "torch.func transforms it"
+    if torch.is_anomaly_enabled():
+        return "the detection of anomalies looks at values"
+    if torch.nn.modules.module._has_any_global_hook():
+        return "there are hooks of all modules"
     return None
 
 
 def _why_not(module: nn.Module, parts: dict[str, Any]) -> str | None:
     kind: Any = type(module)
-    if parts["_forward_hooks"] or parts["_forward_pre_hooks"] or _has_adapters(kind):
+    hooks = parts["_forward_hooks"] or parts["_forward_pre_hooks"]
+    if hooks or parts["_backward_hooks"] or parts["_backward_pre_hooks"] or _has_adapters(kind):
         return "a module has hooks or adapters, which may do something else at every call"
     if "_hf_hook" in parts:
         return "accelerate moves weights to the device at every call"

@@ -50,6 +50,7 @@ class HMTConfig(PreTrainedConfig):
             the launches that small models wait for on a GPU. None does it on CUDA for shapes that come again, in passes
             without gradients; True at once, and in training too, where it takes memory for a second set of the
             backbone's gradients; False never. Passes with padding, hooks or dropout always go without.
+            An attribute that is set on a module after a capture (a scale, say) is not seen by it.
         compile_layers: compile the backbone's layers with torch.compile; one compilation serves all of them, and the
             first few passes wait for it. Not together with fused_rotary=True.
 

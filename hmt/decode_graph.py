@@ -1,7 +1,7 @@
 """One decoded token as a CUDA graph: the layers over keys and values at fixed addresses, whatever the position.
 
 The keys and values of the text that is decoded lie in the graph's buffers; when another text comes, those of the one
-before move out, into memory of their own. Whether the graph still fits the model is looked at once a segment. Segments
+before move out, into memory of their own. Whether the graph still fits the model is looked at for every token. Segments
 with padding, layers that keep something else than all keys, and rows of a server's batch take the ordinary path.
 """
 
@@ -78,8 +78,10 @@ class DecodeGraph:
                 _part(mine, layer)
         for mine, layer in places:
             if layer.keys is not mine.keys:  # of another owner, or what beam search has put in their place
-                mine.keys.copy_(layer.keys)
-                mine.values.copy_(layer.values)
+                for buffer, own in ((mine.keys, layer.keys), (mine.values, layer.values)):
+                    buffer.copy_(own)
+                    if own.is_cuda:  # it may come from another stream, which must not reuse it before it is copied
+                        own.record_stream(torch.cuda.current_stream(own.device))
                 layer.keys, layer.values = mine.keys, mine.values
         self.owner = weakref.ref(cache)
 
@@ -87,7 +89,8 @@ class DecodeGraph:
 def _part(mine: Any, layer: Any) -> None:
     """Give a layer of another cache memory of its own, if it has none."""
     if layer.keys is mine.keys:
-        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+        with torch.inference_mode(False):  # who goes on with them may be outside of it
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
 
 class _Decoding:
@@ -96,6 +99,7 @@ class _Decoding:
     def __init__(self, model: HMTForCausalLM):
         self.model, self.tokens = weakref.ref(model), 0
         self.graph: DecodeGraph | None = None
+        self.found_for: Any = None  # what the graph depends on
 
 
 _decodings: WeakKeyDictionary[Cache, _Decoding] = WeakKeyDictionary()
@@ -104,19 +108,23 @@ _decodings: WeakKeyDictionary[Cache, _Decoding] = WeakKeyDictionary()
 def decode_graph(model: HMTForCausalLM, cache: Any, embeds: Tensor) -> DecodeGraph | None:
     """The graph for the next token [B, 1, d] of the text of this cache; None: the ordinary path."""
     wanted = model.config.cuda_graphs
-    if wanted is False or torch.is_grad_enabled() or not batches(cache) or cache.batch is not None:
+    if wanted is False or model.training or torch.is_grad_enabled() or not batches(cache) or cache.batch is not None:
         return None
     known = _decodings.get(cache)
     if known is None or known.model() is not model:
         known = _decodings[cache] = _Decoding(model)
     known.tokens += 1
-    if known.tokens == (1 if wanted else 1 + capture.USES_BEFORE):
-        known.graph = _find(model, cache, embeds)
+    if not wanted and known.tokens <= capture.USES_BEFORE:
+        return None
+    look = capture.look(model)
+    depends = (look, embeds.shape, embeds.dtype)
+    if known.found_for != depends:
+        known.graph, known.found_for = _find(model, cache, embeds, look), depends
     return known.graph
 
 
-def _find(model: HMTForCausalLM, cache: SegmentCache, embeds: Tensor) -> DecodeGraph | None:
-    call = graphed_call(model, capture.look(model))
+def _find(model: HMTForCausalLM, cache: SegmentCache, embeds: Tensor, look: capture.Look) -> DecodeGraph | None:
+    call = graphed_call(model, look)
     decoder = type(unwrap(model.backbone).base_model)
     if call is None or "position_ids" not in inspect.signature(decoder.forward).parameters:
         return None

@@ -61,8 +61,9 @@ class RowsLayer(SegmentLayer):
         self.rows = torch.arange(len(positions), device=positions.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.keys[self.rows, :, self.positions] = key_states[:, :, 0]
-        self.values[self.rows, :, self.positions] = value_states[:, :, 0]
+        # in their dtype, which under autocast may be another
+        self.keys[self.rows, :, self.positions] = key_states[:, :, 0].to(self.keys.dtype)
+        self.values[self.rows, :, self.positions] = value_states[:, :, 0].to(self.values.dtype)
         return self.keys[:, :, : self.length + 1], self.values[:, :, : self.length + 1]
 
 

@@ -3,15 +3,16 @@
 A graph replaces the hundreds of launches of a pass, which on a GPU take longer than what they launch. In training the
 graph of the backward pass recomputes the layers from their input, so that one segment's activations exist at any depth.
 A text's ragged last segment runs as a whole one, whose other positions it does not see. Passes with padding or a cache
-take the ordinary path. On a CPU, where nothing is captured, the same steps run through the same buffers.
+take the ordinary path. Gradients of one model are to be computed by one backward pass at a time.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
@@ -50,7 +51,7 @@ class LayerGraph:
     Fewer rows, and rows with fewer positions, which no position after them can change, run as well.
     """
 
-    turn: capture.Turn
+    turn: capture.Turn  # of `run`; `run_back` is called with it taken
     embeds: Tensor
     hidden: Tensor
     forward: Callable[[], object]
@@ -70,26 +71,25 @@ class LayerGraph:
     def run_back(self, embeds: Tensor, d_hidden: Tensor) -> Tensor:
         """Gradient of the embeddings; those of the weights are added to their sums."""
         rows, length, _ = embeds.shape
-        with self.turn:
-            self.embeds.zero_()
-            self.embeds[:rows, :length].copy_(embeds)
-            self.d_hidden.zero_()[:rows, : d_hidden.shape[1]].copy_(d_hidden)  # type: ignore[union-attr]
-            self.backward()  # type: ignore[misc]
-            return self.d_embeds[:rows, :length].clone()  # type: ignore[index]
+        self.embeds.zero_()
+        self.embeds[:rows, :length].copy_(embeds)
+        self.d_hidden.zero_()[:rows, : d_hidden.shape[1]].copy_(d_hidden)  # type: ignore[union-attr]
+        self.backward()  # type: ignore[misc]
+        return self.d_embeds[:rows, :length].clone()  # type: ignore[index]
 
 
 @dataclass
 class LayerGraphs:
     """The graphs of a model, by shape, and the sums of its weights' gradients."""
 
+    turn: capture.Turn
     graphs: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     uses: dict[tuple[Any, ...], int] = field(default_factory=dict)  # of a shape since its graph was dropped, if ever
     made: dict[tuple[Any, ...], int] = field(default_factory=dict)  # how often a shape has been captured
-    weights: dict[str, nn.Parameter] = field(default_factory=dict)  # those that the layers' outputs depend on
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)  # by the names of the weights that the outputs depend on
     summed: int | None = None  # the backward pass that the sums are of, while it is under way
+    begun: set[int] = field(default_factory=set)  # backward passes whose sums have not been delivered
     pool: Any = None  # of memory, shared: no graph leaves anything in it for another
-    turn: capture.Turn = field(default_factory=capture.Turn)
 
     def find(self, model: HMTForCausalLM, shape: tuple[int, int], last_rows: int) -> LayerGraph | None:
         """The graph for embeddings of this shape [B, T], captured when it is needed; None: the ordinary path."""
@@ -134,7 +134,7 @@ class LayerGraphs:
             try:
                 return make(ready)
             except RuntimeError as error:
-                why = str(error).splitlines()[0]
+                why = (str(error) or type(error).__name__).splitlines()[0]
                 warnings.warn(
                     f"hmt goes on without a CUDA graph (cuda_graphs=False keeps it quiet): {why}", stacklevel=2
                 )
@@ -142,25 +142,30 @@ class LayerGraphs:
 
     def _make(
         self, model: HMTForCausalLM, shape: tuple[int, int], last_rows: int, training: bool, ready: Callable[..., Any]
-    ) -> LayerGraph:
+    ) -> LayerGraph | None:
         weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
         layers = _Layers(model.backbone, last_rows)
         embeds = weight.new_zeros(*shape, weight.shape[1])
+        drawing = capture.Drawing(model.device)
         hidden = torch.empty_like(layers(embeds))
+        if model.training and drawing.undone():
+            return None
         graph = LayerGraph(self.turn, embeds, hidden, ready(lambda: hidden.copy_(layers(embeds))))
         if training:
             graph.d_hidden, graph.d_embeds = torch.zeros_like(hidden), torch.zeros_like(embeds)
-            self._find_weights(layers, embeds)
+            places = _places(layers)
+            self._find_weights(layers, places, embeds)
             graph.backward = ready(
-                partial(_recompute_and_backward, layers, embeds, graph.d_hidden, graph.d_embeds, self.sums)
+                partial(_recompute_and_backward, layers, places, embeds, graph.d_hidden, graph.d_embeds, self.sums)
             )
             self.summed = None  # warming up has added to the sums
         return graph
 
-    def _find_weights(self, layers: _Layers, embeds: Tensor) -> None:
+    def _find_weights(self, layers: _Layers, places: dict[str, str], embeds: Tensor) -> None:
         if self.sums:
             return
-        trained = {name: p for name, p in layers.named_parameters() if p.requires_grad}
+        weights = {name: attrgetter(name)(layers) for name in set(places.values())}
+        trained = {name: weights[name] for name in sorted(weights) if weights[name].requires_grad}
         if not trained:
             return
         with torch.enable_grad():
@@ -168,7 +173,39 @@ class LayerGraphs:
             found = torch.autograd.grad(hidden, list(trained.values()), torch.zeros_like(hidden), allow_unused=True)
         for (name, p), gradient in zip(trained.items(), found, strict=True):
             if gradient is not None:
-                self.weights[name], self.sums[name] = p, torch.zeros_like(p)
+                self.sums[name] = torch.zeros_like(p)
+
+    def run_back(self, graph: LayerGraph, embeds: Tensor, d_hidden: Tensor) -> Tensor:
+        """`graph.run_back` as a part of the backward pass under way, whose sums begin at zero."""
+        this = torch._C._current_graph_task_id()
+        with self.turn:
+            if self.summed != this:
+                # what asks for other gradients than the weights' never delivers, nor does what fails
+                self._refuse_overlap(this)
+                self.begun = {*sorted(self.begun)[-63:], this}
+                self.summed = this
+                if self.sums:
+                    torch._foreach_zero_(list(self.sums.values()))
+            return graph.run_back(embeds, d_hidden)
+
+    def deliver(self) -> Sequence[Tensor | None]:
+        """The sums of the backward pass under way, once."""
+        this = torch._C._current_graph_task_id()
+        with self.turn:
+            if self.summed != this:
+                self._refuse_overlap(this)
+                return [None] * len(self.sums)
+            self.summed = None
+            self.begun.discard(this)
+            # copies, in few launches: autograd holds on to them, while another call's passes already add up theirs
+            return torch._foreach_mul(list(self.sums.values()), 1.0) if self.sums else ()
+
+    def _refuse_overlap(self, this: int) -> None:
+        if this in self.begun:
+            raise RuntimeError(
+                "two backward passes of one model overlap, and its CUDA graphs hold the gradients of one: run one "
+                "after the other, or set cuda_graphs to False"
+            )
 
 
 @dataclass
@@ -185,7 +222,9 @@ class GraphedCall:
         if graph is None:
             return None
         if torch.is_grad_enabled() and self.token is None:
-            self.token = _Gradients.apply(self.graphs, *self.graphs.weights.values())
+            # looked up now: other objects than at the capture may lie in the same memory
+            weights = [attrgetter(name)(self.model) for name in self.graphs.sums]
+            self.token = _Gradients.apply(self.graphs, *weights)
         return partial(self._run, graph)
 
     def _run(
@@ -212,23 +251,44 @@ def graphed_call(model: HMTForCausalLM, look: capture.Look) -> GraphedCall | Non
     if model.config.cuda_graphs is False or look.reason is not None:
         return None
     kept = _graphs.setdefault(model, {})
-    kept[look.dependencies] = graphs = kept.pop(look.dependencies, None) or LayerGraphs()
+    graphs = kept.pop(look.dependencies, None)
+    if graphs is None:
+        graphs = LayerGraphs(capture.Turn(model.device))
+        for key in [key for key in kept if key[1] != look.dependencies[1]]:
+            del kept[key]  # of weights that lie elsewhere now
+    kept[look.dependencies] = graphs
     while len(kept) > KEPT_SETTINGS:
         kept.pop(next(iter(kept)))
     return GraphedCall(model, graphs)
 
 
+def _places(layers: _Layers) -> dict[str, str]:
+    """Every place of a parameter in the modules, and the first place of the same parameter."""
+    first: dict[int, str] = {}
+    places = {}
+    for path, module in layers.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            place = f"{path}.{name}"
+            places[place] = first.setdefault(id(parameter), place)
+    return places
+
+
 def _recompute_and_backward(
-    layers: _Layers, embeds: Tensor, d_hidden: Tensor, d_embeds: Tensor, sums: dict[str, Tensor]
+    layers: _Layers,
+    places: dict[str, str],
+    embeds: Tensor,
+    d_hidden: Tensor,
+    d_embeds: Tensor,
+    sums: dict[str, Tensor],
 ) -> None:
     # leaves of their own: autograd adds to the sums, and nothing that hangs on the weights hears of it
-    leaves = {"embeds": embeds.detach().requires_grad_()}
+    x, leaves = embeds.detach().requires_grad_(), {}
     for name, total in sums.items():
-        leaves[name] = layers.get_parameter(name).detach().requires_grad_()
+        leaves[name] = attrgetter(name)(layers).detach().requires_grad_()
         leaves[name].grad = total
-    x = leaves.pop("embeds")
+    everywhere = {place: leaves[name] for place, name in places.items() if name in leaves}
     with torch.enable_grad():
-        hidden = torch.func.functional_call(layers, leaves, (x,))
+        hidden = torch.func.functional_call(layers, everywhere, (x,), tie_weights=False)
     hidden.backward(d_hidden)
     d_embeds.copy_(cast(Tensor, x.grad))
 
@@ -247,12 +307,8 @@ class _Pass(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_hidden: Tensor) -> tuple[Tensor | None, ...]:
-        (embeds,), graphs = ctx.saved_tensors, ctx.graphs
-        # what asks for other gradients than the weights' never comes to the token, nor does what fails
-        if graphs.summed != (this := torch._C._current_graph_task_id()) and graphs.sums:
-            torch._foreach_zero_(list(graphs.sums.values()))
-        graphs.summed = this
-        return None, None, ctx.graph.run_back(embeds, d_hidden), None, d_hidden.new_zeros(())
+        (embeds,) = ctx.saved_tensors
+        return None, None, ctx.graphs.run_back(ctx.graph, embeds, d_hidden), None, d_hidden.new_zeros(())
 
 
 class _Gradients(torch.autograd.Function):
@@ -264,12 +320,11 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, graphs: LayerGraphs, *weights: Tensor) -> Tensor:
         ctx.graphs = graphs
+        ctx.save_for_backward(*weights)
         return weights[0].new_zeros(()) if weights else torch.zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.graphs.summed = None
-        sums = list(ctx.graphs.sums.values())
-        # copies, in few launches: autograd holds on to them, while another call's passes already add up theirs
-        return None, *(torch._foreach_mul(sums, 1.0) if sums else ())
+        _ = ctx.saved_tensors  # raises where a weight has been changed since: the passes have been recomputed with it
+        return None, *ctx.graphs.deliver()

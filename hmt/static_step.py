@@ -60,8 +60,9 @@ class StaticStep:
     """A step that is ready to run, and all that it depends on beside its buffers."""
 
     buffers: StepBuffers
-    run: Callable[[HMTForCausalLM], object]
+    run: Callable[[HMTForCausalLM], object] | None  # None: it draws random numbers
     dependencies: tuple[Any, ...]
+    turn: capture.Turn
 
 
 # not attributes of the models: a copied or pickled model must not take along steps that run with the weights of another
@@ -118,12 +119,17 @@ def why_not(model: HMTForCausalLM, state: HMTState, look: capture.Look) -> str |
 
 def _prepare(model: HMTForCausalLM, queue: Tensor, dependencies: tuple[Any, ...]) -> StaticStep:
     """A step for states with a queue like this one."""
+    turn = capture.Turn(queue.device)
     with capture.to_be_captured():
-        buffers = new_buffers(model, queue)
+        buffers, drawing = new_buffers(model, queue), capture.Drawing(queue.device)
+        if model.training:
+            segment_step(model, buffers)
+            if drawing.undone():
+                return StaticStep(buffers, None, dependencies, turn)
         if queue.is_cuda:
             replay = capture.captured(lambda: segment_step(model, buffers), queue.device)
-            return StaticStep(buffers, lambda model: replay(), dependencies)
-    return StaticStep(buffers, lambda model: segment_step(model, buffers), dependencies)
+            return StaticStep(buffers, lambda model: replay(), dependencies, turn)
+    return StaticStep(buffers, lambda model: segment_step(model, buffers), dependencies, turn)
 
 
 @contextlib.contextmanager
@@ -143,9 +149,13 @@ def static_step(
     step = kept.pop(key, None)
     if step is None or step.dependencies != look.dependencies:
         step = _prepare(model, queue, look.dependencies)
-    step.buffers.queue.copy_(queue)  # only now: warming up writes to it
     try:
-        yield step
+        if step.run is None:
+            yield None
+            return
+        with step.turn:  # nobody waits for it, but another stream may still run the step
+            step.buffers.queue.copy_(queue)  # only now: warming up writes to it
+            yield step
     finally:
         kept[key] = step
         while len(kept) > KEPT_STEPS:
@@ -173,6 +183,6 @@ def step_and_read(
     b.slot.fill_(slot)
     b.num_valid.fill_(state.num_valid)
     with record_function("hmt.main"):  # the recall is part of it
-        step.run(model)
+        step.run(model)  # type: ignore[misc]
     # copies, because the next segment overwrites the buffers
     return b.hidden.clone(), b.memory.clone(), b.embeds[:, 0].clone(), state.age_of(b.strongest)

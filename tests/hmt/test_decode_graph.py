@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Callable
 
 import pytest
 import tape
@@ -176,3 +177,68 @@ def test_gradients_are_recorded_without(tokens: list) -> None:
     ours, _ = pair()
     state = ours(token_ids(1, 21), use_cache=True).state
     assert ours(token_ids(1, 1), state=state, use_cache=True).logits.requires_grad and not tokens
+
+
+def moved(model: HMTForCausalLM) -> None:
+    for p in model.parameters():
+        p.data = p.data * 1.1
+
+
+def assigned(model: HMTForCausalLM) -> None:
+    model.load_state_dict({name: p * 1.1 for name, p in model.state_dict().items()}, assign=True)
+
+
+def hooked(model: HMTForCausalLM) -> None:
+    model.backbone.model.layers[0].register_forward_hook(lambda module, given, out: out * 0.5)
+
+
+def adapted(model: HMTForCausalLM) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, model)
+
+
+@pytest.mark.parametrize("change", [moved, assigned, hooked, adapted])
+@torch.no_grad()
+def test_a_model_that_changes_within_a_segment(change: Callable, tokens: list) -> None:
+    ours, theirs = (Text(model, 0) for model in pair())
+    for _ in range(2):
+        torch.testing.assert_close(ours.next(), theirs.next(), atol=1e-5, rtol=1e-5)
+    for text in (ours, theirs):
+        change(text.model)
+    for _ in range(2):
+        torch.testing.assert_close(ours.next(), theirs.next(), atol=1e-5, rtol=1e-5)
+    assert len(tokens) == (4 if change in (moved, assigned) else 2)
+
+
+@torch.no_grad()
+def test_autocast_within_a_segment() -> None:
+    ours, theirs = (Text(model, 0) for model in pair())
+    for on in (False, True, True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            torch.testing.assert_close(ours.next(), theirs.next(), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [[1], [0, 1, 2, 0, 1, 2]], ids=["fewer", "more"])
+@torch.no_grad()
+def test_rows_are_selected_within_a_segment(rows: list[int]) -> None:
+    logits = []
+    for model in pair():
+        state = model(token_ids(3, 21), use_cache=True).state
+        state = model(token_ids(3, 1), state=state, use_cache=True).state
+        state.reorder_cache(torch.tensor(rows))
+        logits.append(model(token_ids(3, 1, seed=5)[rows], state=state, use_cache=True).logits)
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_another_text_in_inference_mode() -> None:
+    """Keys that move out for it can still be written to."""
+    model, _ = pair()
+    first, second = Text(model, 0), Text(model, 1)
+    first.next()
+    with torch.inference_mode():
+        second.next()
+    model.config.cuda_graphs = False
+    first.next()

@@ -283,3 +283,42 @@ def test_a_state_travels_between_devices(tmp_path: Path) -> None:
         state = HMTState.load(tmp_path / "state.safetensors").to(reader.device)
         found = reader.read(more.to(reader.device), state).queue
         torch.testing.assert_close(found.cpu(), expected, **TOLERANCE)
+
+
+def test_a_capture_that_fails_leaves_the_device_as_it_was() -> None:
+    """The current stream, the generator of random numbers, and the next capture."""
+    device, stream = torch.device("cuda", torch.cuda.current_device()), torch.cuda.current_stream()
+    values = torch.ones(3, device=device)
+    with pytest.raises(RuntimeError):
+        capture.captured(lambda: values.mul_(1.0).sum().item(), device)
+    assert torch.cuda.current_stream() == stream
+    assert bool((torch.rand(3, device=device) < 1).all())
+    replay = capture.captured(lambda: values.add_(1.0), device)
+    values.zero_()
+    replay()
+    assert values.tolist() == [1.0] * 3
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+@torch.no_grad()
+def test_a_model_on_another_device_than_the_current_one(captures: list) -> None:
+    ours, theirs = hmt_model(cuda_graphs=True).to("cuda:1"), hmt_model()
+    theirs.load_state_dict(ours.state_dict())
+    ids = token_ids(1, 16 * 5)
+    for _ in range(2):
+        torch.testing.assert_close(ours.read(ids.to("cuda:1")).queue.cpu(), theirs.read(ids).queue, **TOLERANCE)
+    assert captures
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["", "cuda-graphs"])
+def test_compiled_layers(graphs: bool, fresh_compiler: None) -> None:
+    ours, theirs = pair(compile_layers=True, cuda_graphs=graphs)
+    ids = token_ids(1, 16 * 4 + 3)
+    for _ in range(2):
+        found, expected = ours.read(ids.cuda()), theirs.read(ids)
+        torch.testing.assert_close(found.queue.cpu(), expected.queue, **TOLERANCE)
+        on_gpu = gradients(ours, lambda: ours(ids.cuda(), labels=ids.cuda()).loss)
+        on_cpu = gradients(theirs, lambda: theirs(ids, labels=ids).loss)
+        for key, value in on_cpu.items():
+            error = (on_gpu[key].cpu() - value).norm() / value.norm().clamp(min=1e-6)
+            assert error <= 1e-2, f"{key}: relative error {error:.1e}"

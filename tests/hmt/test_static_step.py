@@ -11,7 +11,7 @@ import pytest
 import torch
 from backbones import hmt_model, token_ids
 
-from hmt import HMTForCausalLM, static_step
+from hmt import HMTForCausalLM, capture, static_step
 from hmt.passes import read_segments
 from hmt.tokens import Tokens
 from hmt_kernels import use_impl
@@ -37,11 +37,12 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
     made: list[Callable[[], None]] = []
 
     def prepare(model: HMTForCausalLM, queue: torch.Tensor, dependencies: tuple) -> static_step.StaticStep:
+        turn = capture.Turn(queue.device)
         buffers, frozen = static_step.new_buffers(model, queue), copy.deepcopy(model)
         for ours, theirs in zip(frozen.parameters(), model.parameters(), strict=True):
             ours.data = theirs.data
         made.append(lambda: static_step.segment_step(frozen, buffers))
-        return static_step.StaticStep(buffers, lambda model, replay=made[-1]: replay(), dependencies)
+        return static_step.StaticStep(buffers, lambda model, replay=made[-1]: replay(), dependencies, turn)
 
     monkeypatch.setattr(static_step, "_prepare", prepare)
     return made
