@@ -11,8 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import parts
+from benchmarks import parts, peer
 from benchmarks.parts import Part, Result
+from benchmarks.sizes import DEVICE
 
 LOGS = parts.ROOT / ".cache" / "benchmarks"
 SECONDS = 900.0  # a suite that has not ended by then hangs
@@ -42,12 +43,22 @@ def main() -> int:
     started = time.monotonic()
     results = []
     for number, part in enumerate(todo, 1):
+        if reason := why_not(part.name):
+            print(f"[{number}/{len(todo)}] {part.name} not run: {reason}", flush=True)
+            continue
         print(f"[{number}/{len(todo)}] {part.name} ...", flush=True)
         log = LOGS / f"{part.name.replace(' ', '_')}.log"
         results.append(parts.run(part, log, has_cuda=True, seconds_left=part.seconds))
         print(tables(log), end="")
         print(progress(results[-1], time.monotonic() - started, log), flush=True)
     return 1 if any(result.result != "ok" for result in results) else 0
+
+
+def why_not(name: str) -> str | None:
+    """Why a suite has nothing to measure here; each says so itself too, after seconds of imports."""
+    if name == "gpu model" and DEVICE == "cpu":
+        return "PyTorch sees no CUDA device"
+    return peer.missing() if name == "peer training" else None
 
 
 def suite(name: str, file: str, slow: bool = False) -> Part:

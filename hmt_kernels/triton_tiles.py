@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +11,7 @@ import triton.language as tl
 SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB per block, by arch
 
 
+@functools.cache
 def column_tiles(width: int, smallest: int) -> tuple[int, int]:
     """Two powers of two (or one, and 0) that hold `width` columns; at most a quarter of them stays empty."""
     first = max(smallest, 1 << (width.bit_length() - 1))
@@ -28,7 +31,14 @@ def stride(tensor: torch.Tensor, dim: int) -> int:
 
 def has_aligned_rows(tensor: torch.Tensor) -> bool:
     """Whether the elements of a row are adjacent, and rows lie multiples of 8 elements apart."""
-    return tensor.stride(-1) == 1 and all(stride(tensor, dim) % 8 == 0 for dim in range(tensor.dim() - 1))
+    return _are_aligned_rows(tensor.shape, tensor.stride())
+
+
+# A model calls with the same few shapes again and again, and Python takes longer than a small launch.
+@functools.lru_cache(4096)
+def _are_aligned_rows(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    steps = zip(shape[:-1], strides[:-1], strict=True)
+    return strides[-1] == 1 and all(size == 1 or step % 8 == 0 for size, step in steps)
 
 
 @triton.jit

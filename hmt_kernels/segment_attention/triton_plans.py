@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -262,8 +263,13 @@ def _exp_unit(problem: Problem) -> float:
 
 def _strides(name: str, tensor: torch.Tensor | None) -> dict[str, int]:
     """Those of batch rows, heads and tokens; features are adjacent."""
-    strides = (0, 0, 0) if tensor is None else tuple(stride(tensor, dim) for dim in range(3))
-    return {f"stride_{name}{axis}": value for axis, value in zip("bht", strides, strict=True)}
+    return _named_strides(name, (), ()) if tensor is None else _named_strides(name, tensor.shape, tensor.stride())
+
+
+@functools.lru_cache(4096)
+def _named_strides(name: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> dict[str, int]:
+    steps = [step if size > 1 else 0 for size, step in zip(shape[:3], strides[:3], strict=True)] or [0, 0, 0]
+    return {f"stride_{name}{axis}": step for axis, step in zip("bht", steps, strict=True)}
 
 
 def _tables(problem: Problem) -> dict[str, Any]:
@@ -279,16 +285,19 @@ def _tables(problem: Problem) -> dict[str, Any]:
 
 
 def _widths(problem: Problem) -> dict[str, int | float]:
-    first, second = problem.tiles
-    dim, turned = problem.q.shape[3], 0 if problem.cos is None else problem.cos.shape[2]
+    turned = 0 if problem.cos is None else problem.cos.shape[2]
+    return _named_widths(problem.q.shape[3], problem.tiles, turned) | {"EXP_UNIT": _exp_unit(problem)}
+
+
+@functools.cache
+def _named_widths(dim: int, tiles: tuple[int, int], turned: int) -> dict[str, int | float]:
     return {
         "D": dim,
-        "D0": first,
-        "D1": second,
+        "D0": tiles[0],
+        "D1": tiles[1],
         "R": turned,
         "HALF": max(SMALLEST_TILE, triton.next_power_of_2(turned // 2)) if turned else 0,
         "REST": max(SMALLEST_TILE, triton.next_power_of_2(dim - turned)) if dim > turned else 0,
-        "EXP_UNIT": _exp_unit(problem),
     }
 
 
