@@ -138,7 +138,7 @@ def look(model: HMTForCausalLM) -> Look:
         parts = vars(module)
         if (reason := _why_not(module, parts)) is not None:
             return Look(reason, ((), ()))
-        if "forward" in parts:
+        if "forward" in parts and module is not model:  # whose own would keep it alive, and is not what is captured
             found.append(parts["forward"])
         for w in (*parts["_parameters"].values(), *parts["_buffers"].values()):
             if w is not None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -163,6 +166,20 @@ def test_an_error_without_a_message_is_said_too(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(capture, "USES_BEFORE", 0)
     with pytest.warns(UserWarning, match="without a CUDA graph .*: NotImplementedError"):
         hmt_model(cuda_graphs=None).read(IDS)
+
+
+@torch.no_grad()
+def test_a_model_that_is_gone_is_not_kept() -> None:
+    """Not by a forward that was replaced on it, as accelerate does, nor by those of its layers."""
+    ours, _ = pair()
+    ours.forward = functools.partial(type(ours).forward, ours)
+    replaced_forward(ours)
+    ours(IDS)
+    assert ours in layer_graphs._graphs
+    gone = weakref.ref(ours)
+    del ours
+    gc.collect()
+    assert gone() is None
 
 
 def test_nothing_is_kept_of_weights_that_are_gone() -> None:
