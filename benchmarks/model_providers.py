@@ -88,7 +88,9 @@ def _training(model: nn.Module, memory: nn.Parameter, loss_of: Callable[[Tensor]
         loss = loss_of(ids)
         loss.backward()
         gradient = cast(Tensor, memory.grad)
-        return {"loss": loss.detach(), "gradient": gradient / gradient.norm()}
+        result = {"loss": loss.detach(), "gradient": gradient / gradient.norm()}
+        model.zero_grad(set_to_none=True)  # what is held afterwards is not this step's
+        return result
 
     return train
 
