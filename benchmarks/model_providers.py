@@ -152,12 +152,7 @@ for name, on in ((GRAPHS, True), (NO_GRAPHS, False)):
         partial(_ours, cuda_graphs=on),
         lambda: None if DEVICE == "cuda" else "PyTorch sees no CUDA device",
     )
-register(
-    "model",
-    COMPILED,
-    lambda **settings: _ours(compile_layers=True, **settings),
-    _slow_compiling,
-)
+register("model", COMPILED, partial(_ours, compile_layers=True), _slow_compiling)
 register("model", KEPT, lambda **settings: _ours(rematerialize=False, **settings))
 register("model", PLAIN, lambda **settings: _plain_loop(plain_loop.read, **settings))
 register("model", DROPPED, lambda **settings: _plain_loop(plain_loop.read_dropping_outputs, **settings), peer.missing)

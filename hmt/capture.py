@@ -112,24 +112,24 @@ class Look(NamedTuple):
 
     reason: str | None  # why no pass of it can be captured; None: one can
     # what a captured pass does not look at again: how layers compute, and where the weights lie
-    dependencies: tuple[tuple[Any, ...], tuple[Any, ...]]
+    dependencies: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
 
 
 def look(model: HMTForCausalLM) -> Look:
     """Whether passes of this model can be captured, and what captured ones depend on."""
     reason = not_here(model)
     if reason is not None:
-        return Look(reason, ((), ()))
+        return Look(reason)
     config, kind, backbone = model.config, model.device.type, unwrap(model.backbone)
     if model.training and getattr(backbone.config, "attention_dropout", 0.0):
-        return Look("dropout draws anew at every call", ((), ()))
+        return Look("dropout draws anew at every call")
     if model.training and getattr(backbone, "is_gradient_checkpointing", False):
-        return Look("the backbone checkpoints its layers, which looks at the random number generator", ((), ()))
+        return Look("the backbone checkpoints its layers, which looks at the random number generator")
     autocast = is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     scale = model.recall.softmax_scale if config.mode == "hmt" else None
     found: list[Any] = [model.training, backbone.config._attn_implementation, selected(), scale, autocast]
-    found += [config.segment_length, config.num_sensory, config.cuda_graphs]
-    found.append(getattr(backbone.config, "num_hidden_layers", None))
+    layers = getattr(backbone.config, "num_hidden_layers", None)
+    found += [config.segment_length, config.num_sensory, config.cuda_graphs, layers]
     lie: list[Any] = []
     # one walk, without the generators of nn.Module: on a GPU a segment takes less time than theirs
     waiting: list[nn.Module] = [model]
@@ -137,13 +137,13 @@ def look(model: HMTForCausalLM) -> Look:
         module = waiting.pop()
         parts = vars(module)
         if (reason := _why_not(module, parts)) is not None:
-            return Look(reason, ((), ()))
+            return Look(reason)
         if "forward" in parts and module is not model:  # whose own would keep it alive, and is not what is captured
             found.append(parts["forward"])
         for w in (*parts["_parameters"].values(), *parts["_buffers"].values()):
             if w is not None:
                 if type(w) not in (torch.Tensor, nn.Parameter):
-                    return Look("parameters are sharded or of another kind", ((), ()))
+                    return Look("parameters are sharded or of another kind")
                 found.append(w.requires_grad)
                 lie.append((w.data_ptr(), w.dtype, w.shape, w.stride()))
         waiting += [child for child in parts["_modules"].values() if child is not None]

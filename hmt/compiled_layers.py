@@ -16,7 +16,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hmt.rotary import attention_of, is_fused
+from hmt.rotary import attention_of, is_fused, is_replaced
 
 
 def compile_layers(model: PreTrainedModel) -> None:
@@ -38,16 +38,15 @@ def compile_layers(model: PreTrainedModel) -> None:
 def restore(model: PreTrainedModel) -> None:
     """Undo `compile_layers`."""
     for module in model.modules():
-        forward = vars(module).get("forward")
-        if isinstance(forward, functools.partial) and forward.func is _forward:
+        if is_replaced(module, _forward):
             del module.forward
 
 
 def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
     """What the layer's class computes, compiled where that can be used again."""
-    kind: Any = type(layer)
     if _goes_uncompiled(layer, (*args, *kwargs.values())):
         return _run(layer, *args, **kwargs)
+    kind: Any = type(layer)
     return _compiled(kind, layer.training, torch.is_grad_enabled())(layer, *args, **kwargs)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hmt.attention import NAME
-from hmt.rotary import attention_of, implementation_of, is_fused, layers_of, maker
+from hmt.rotary import attention_of, implementation_of, is_fused, is_replaced, layers_of, maker
 
 # x + self_attn(input_layernorm(x)), then the same with post_attention_layernorm and mlp
 _KNOWN = (
@@ -52,8 +52,7 @@ def takes_last_rows(model: PreTrainedModel) -> bool:
 
 
 def _is_shortened(layer: Any) -> bool:
-    forward = vars(layer).get("forward")
-    return isinstance(forward, functools.partial) and forward.func is _forward
+    return is_replaced(layer, _forward)
 
 
 def _forward(layer: Any, hidden_states: Tensor, *args: Any, last_rows: int | None = None, **kwargs: Any) -> Tensor:

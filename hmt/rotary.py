@@ -150,8 +150,13 @@ def _is_interleaved(module: Any) -> bool:
 
 def is_fused(attention: nn.Module) -> bool:
     """Whether `fuse_rotary` has replaced the forward of this layer."""
-    forward = vars(attention).get("forward")
-    return isinstance(forward, functools.partial) and forward.func is _forward
+    return is_replaced(attention, _forward)
+
+
+def is_replaced(module: nn.Module, function: Callable[..., Any]) -> bool:
+    """Whether the forward of this module, not of its class, is a partial of `function`."""
+    forward = vars(module).get("forward")
+    return isinstance(forward, functools.partial) and forward.func is function
 
 
 def fuse_rotary(model: PreTrainedModel, *, everywhere: bool = False) -> None:

@@ -24,21 +24,24 @@ def column_tiles(width: int, smallest: int) -> tuple[int, int]:
     return 2 * first, 0
 
 
-def stride(tensor: torch.Tensor, dim: int) -> int:
-    # A dimension of size one may have any stride; it must not spoil the alignment.
-    return tensor.stride(dim) if tensor.shape[dim] > 1 else 0
-
-
-def has_aligned_rows(tensor: torch.Tensor) -> bool:
-    """Whether the elements of a row are adjacent, and rows lie multiples of 8 elements apart."""
-    return _are_aligned_rows(tensor.shape, tensor.stride())
+def strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Those of all dimensions, 0 for one of size one: it may have any stride, which must not spoil the alignment."""
+    return _used_strides(tensor.shape, tensor.stride())
 
 
 # A model calls with the same few shapes again and again, and Python takes longer than a small launch.
 @functools.lru_cache(4096)
-def _are_aligned_rows(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    steps = zip(shape[:-1], strides[:-1], strict=True)
-    return strides[-1] == 1 and all(size == 1 or step % 8 == 0 for size, step in steps)
+def _used_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(step if size > 1 else 0 for size, step in zip(shape, strides, strict=True))
+
+
+def stride(tensor: torch.Tensor, dim: int) -> int:
+    return strides(tensor)[dim]
+
+
+def has_aligned_rows(tensor: torch.Tensor) -> bool:
+    """Whether the elements of a row are adjacent, and rows lie multiples of 8 elements apart."""
+    return tensor.stride(-1) == 1 and all(step % 8 == 0 for step in strides(tensor)[:-1])
 
 
 @triton.jit

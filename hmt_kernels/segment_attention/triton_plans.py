@@ -25,7 +25,7 @@ from hmt_kernels.segment_attention.triton_configs import (
 from hmt_kernels.segment_attention.triton_decode import segment_attention_decode_kernel
 from hmt_kernels.segment_attention.triton_forward import segment_attention_fwd_kernel, segment_attention_prepare_kernel
 from hmt_kernels.triton_launch import Launch, Target
-from hmt_kernels.triton_tiles import column_tiles, stride
+from hmt_kernels.triton_tiles import column_tiles, stride, strides
 
 LOG2_E = math.log2(math.e)
 SMALLEST_SCALE = 1e-30  # for 0, under which a hidden key's -inf would become NaN
@@ -135,7 +135,7 @@ def plan_decode(problem: Problem, o: torch.Tensor, lse: torch.Tensor) -> Launch:
     def room(width: int) -> torch.Tensor | None:
         return torch.empty(parts * width, dtype=torch.float32, device=q.device) if parts else None
 
-    strides = _strides("q", q) | _strides("o", o)
+    of_queries = _strides("q", q) | _strides("o", o)
     arguments = {
         "q_ptr": q,
         "k_ptr": k,
@@ -149,7 +149,7 @@ def plan_decode(problem: Problem, o: torch.Tensor, lse: torch.Tensor) -> Launch:
         "kv_heads": kv_heads,
         "splits": splits,
         **_scale(problem),
-        **{name: size for name, size in strides.items() if not name.endswith("t")},
+        **{name: size for name, size in of_queries.items() if not name.endswith("t")},
         **_strides("k", k),
         **_strides("v", problem.v),
         **_tables(problem),
@@ -263,12 +263,11 @@ def _exp_unit(problem: Problem) -> float:
 
 def _strides(name: str, tensor: torch.Tensor | None) -> dict[str, int]:
     """Those of batch rows, heads and tokens; features are adjacent."""
-    return _named_strides(name, (), ()) if tensor is None else _named_strides(name, tensor.shape, tensor.stride())
+    return _named_strides(name, (0, 0, 0) if tensor is None else strides(tensor)[:3])
 
 
 @functools.lru_cache(4096)
-def _named_strides(name: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> dict[str, int]:
-    steps = [step if size > 1 else 0 for size, step in zip(shape[:3], strides[:3], strict=True)] or [0, 0, 0]
+def _named_strides(name: str, steps: tuple[int, ...]) -> dict[str, int]:
     return {f"stride_{name}{axis}": step for axis, step in zip("bht", steps, strict=True)}
 
 

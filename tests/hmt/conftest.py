@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tape
 import torch
 from tiny_model import save_tiny_model
 
@@ -37,3 +38,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def captures_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """With cuda_graphs=True a CPU takes the same steps through the same buffers; `tape.captured` stands for a graph."""
     monkeypatch.setattr(capture, "DEVICES", ("cuda", "cpu"))
+
+
+@pytest.fixture
+def as_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tape in place of every CUDA graph."""
+    monkeypatch.setattr(capture, "captured", tape.captured)

@@ -9,27 +9,16 @@ import weakref
 from collections.abc import Callable
 
 import pytest
-import tape
 import torch
 from backbones import hmt_model, token_ids
+from test_layer_graphs import pair
 from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from hmt import HMTForCausalLM, capture, layer_graphs, static_step
 
+pytestmark = pytest.mark.usefixtures("as_captured")
 IDS = token_ids(1, 16 * 4)
-
-
-@pytest.fixture(autouse=True)
-def as_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "captured", tape.captured)
-
-
-def pair(name: str = "llama") -> tuple[HMTForCausalLM, HMTForCausalLM]:
-    """The same model with graphs and without, in float64."""
-    ours, theirs = (hmt_model(name, cuda_graphs=on).double() for on in (True, False))
-    theirs.load_state_dict(ours.state_dict())
-    return ours, theirs
 
 
 def test_a_cpu_takes_the_ordinary_path(monkeypatch: pytest.MonkeyPatch) -> None:

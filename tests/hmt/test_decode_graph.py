@@ -7,16 +7,12 @@ import gc
 from collections.abc import Callable
 
 import pytest
-import tape
 import torch
 from backbones import hmt_model, token_ids
 
 from hmt import HMTForCausalLM, capture, decode_graph
 
-
-@pytest.fixture(autouse=True)
-def as_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "captured", tape.captured)
+pytestmark = pytest.mark.usefixtures("as_captured")
 
 
 @pytest.fixture

@@ -6,28 +6,17 @@ import threading
 from collections.abc import Callable
 
 import pytest
-import tape
 import torch
-from backbones import hmt_model, token_ids
+from backbones import token_ids
+from test_layer_graphs import pair
 from test_training import assert_same, gradients
 from torch import nn
 
-from hmt import HMTForCausalLM, capture
+from hmt import HMTForCausalLM
 
+pytestmark = pytest.mark.usefixtures("as_captured")
 IDS = token_ids(1, 16 * 4)
 TEXTS = [token_ids(1, 16 * 6, seed=seed) for seed in range(4)]
-
-
-@pytest.fixture(autouse=True)
-def as_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "captured", tape.captured)
-
-
-def pair() -> tuple[HMTForCausalLM, HMTForCausalLM]:
-    """The same model with graphs and without, in float64."""
-    ours, theirs = (hmt_model(cuda_graphs=on).double() for on in (True, False))
-    theirs.load_state_dict(ours.state_dict())
-    return ours, theirs
 
 
 def assert_same_gradients(run: Callable, ours: HMTForCausalLM, theirs: HMTForCausalLM) -> None:

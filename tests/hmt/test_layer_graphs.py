@@ -7,7 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import tape
 import torch
 from backbones import hmt_model, token_ids
 from live_memory import peak_bytes
@@ -15,10 +14,7 @@ from test_training import LENGTH, assert_same, dropout_model, gradients, with_pa
 
 from hmt import HMTForCausalLM, capture, layer_graphs
 
-
-@pytest.fixture(autouse=True)
-def as_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "captured", tape.captured)
+pytestmark = pytest.mark.usefixtures("as_captured")
 
 
 @pytest.fixture
