@@ -31,7 +31,7 @@ BACKENDS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# compiling FlexAttention takes longer than all else together: one text of one length on CUDA
+# compiling FlexAttention takes longer than all else together: one text of one length, with a mask, on CUDA
 FLEX_LENGTH = 1058
 # beyond it those that hold all scores are too large, or too slow to wait for
 MATH_LENGTH = {"cpu": 546, "cuda": 1058}
@@ -168,11 +168,11 @@ def _backend(name: str, x: Inputs) -> Attention:
 
 
 def _flex(x: Inputs) -> Attention:
-    if (x.q.shape[0], x.q.shape[2]) != (1, FLEX_LENGTH):
-        raise NotHere(f"compiled for B = 1, T = {FLEX_LENGTH} only")
+    if x.pad_span is None or (x.q.shape[0], x.q.shape[2]) != (1, FLEX_LENGTH):
+        raise NotHere(f"compiled for the workload hole, B = 1, T = {FLEX_LENGTH} only")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    start, stop = (0, 0) if x.pad_span is None else x.pad_span[0].tolist()
+    start, stop = x.pad_span[0].tolist()
 
     def visible(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
         hidden = (k_index >= start) & (k_index < stop) & (k_index != q_index)
@@ -183,8 +183,7 @@ def _flex(x: Inputs) -> Attention:
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def run(x: Inputs) -> Tensor:
-        q, k = _rotated(x)
-        return compiled(q, k, x.v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+        return compiled(x.q, x.k, x.v, block_mask=blocks, enable_gqa=x.q.shape[1] != x.k.shape[1])
 
     return run
 

@@ -140,17 +140,21 @@ def check_launch(case: Case) -> list[Finding]:
 
 
 def launch_source(launch: Launch) -> ASTSource:
-    """The kernel specialised as this launch would: types by argument, pointers aligned to 16 bytes."""
+    """The kernel specialised as this launch would: types by argument, pointers aligned to 16 bytes.
+
+    Triton's cache knows it again: what is measured afterwards is not compiled twice.
+    """
     signature, constants, attributes = {}, {}, {}
     for position, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         if parameter.is_constexpr or value is None:
             signature[parameter.name] = "constexpr"
             constants[position,] = value
+            attributes[position,] = []
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
-            if not parameter.do_not_specialize_on_alignment:
-                attributes[position,] = [["tt.divisibility", 16]]
+            aligned = not parameter.do_not_specialize_on_alignment
+            attributes[position,] = [["tt.divisibility", 16]] if aligned else []
         else:
             signature[parameter.name] = parameter.annotation_type or "fp32"
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)

@@ -36,16 +36,16 @@ def lab_parts(out: Path) -> list[Part]:
     ncu += ["--kernel-name", "regex:memory_recall|segment_attention", PYTHON, "-m", "benchmarks.gpu_lab.hot"]
     plot = [PYTHON, "-m", "benchmarks.plot", "--device", "cuda", "--results", str(out)]
     return [
-        Part("environment", [PYTHON, "-m", "benchmarks.gpu_lab.environment"], 15, "environment"),
-        Part("build", build, 60, "build", needs_cuda=True, tool="nvcc"),
-        Part("tests", tests, 90, "tests", needs_cuda=True),
+        Part("environment", [PYTHON, "-m", "benchmarks.gpu_lab.environment"], 10, "environment"),
+        Part("build", build, 40, "build", needs_cuda=True, tool="nvcc"),
+        Part("tests", tests, 95, "tests", needs_cuda=True),
         # once without a tool, so that these need not compile
-        Part("selection", SELECTION, 30, "sanitizer", needs_cuda=True),
-        *(Part(tool, sanitizer(tool), 25, "sanitizer", needs_cuda=True, tool="compute-sanitizer") for tool in tools),
-        Part("attention", pytest("benchmarks/test_segment_attention.py"), 60, "bench", needs_cuda=True),
-        Part("model", pytest("benchmarks/test_gpu_model.py"), 60, "bench", needs_cuda=True),
-        Part("recall", pytest("benchmarks/test_memory_recall.py"), 50, "bench", needs_cuda=True),
-        Part("audit", audit, 25, "audit", needs_cuda=True),
+        Part("selection", SELECTION, 25, "sanitizer", needs_cuda=True),
+        *(Part(tool, sanitizer(tool), 20, "sanitizer", needs_cuda=True, tool="compute-sanitizer") for tool in tools),
+        Part("attention", pytest("benchmarks/test_segment_attention.py"), 75, "bench", needs_cuda=True),
+        Part("model", pytest("benchmarks/test_gpu_model.py"), 75, "bench", needs_cuda=True),
+        Part("recall", pytest("benchmarks/test_memory_recall.py"), 60, "bench", needs_cuda=True),
+        Part("audit", audit, 40, "audit", needs_cuda=True),
         Part("ncu", ncu, 20, "ncu", needs_cuda=True, tool="ncu"),
         Part("plot", plot, 10, "plot", needs_cuda=True),
     ]
