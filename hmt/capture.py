@@ -42,10 +42,20 @@ def captured(step: Callable[[], object], device: torch.device, pool: Any = None)
                 step()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # other threads, such as one that pins a loader's batches, may go on allocating meanwhile
-        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            step()
+        try:
+            with _recording(graph, pool, side):
+                step()
+        except RuntimeError:
+            # PyTorch's generator of random numbers stays in the capture that has failed, until another one ends
+            with _recording(torch.cuda.CUDAGraph(), None, side):
+                torch.zeros((), device=device)
+            raise
     return graph.replay
+
+
+def _recording(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> Any:
+    # other threads, such as one that pins a loader's batches, may go on allocating meanwhile
+    return torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
 
 
 class Turn(contextlib.AbstractContextManager[None]):

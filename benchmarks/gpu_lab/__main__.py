@@ -14,7 +14,7 @@ from benchmarks.gpu_lab import summary
 from benchmarks.parts import Part, Result
 
 PYTHON = sys.executable
-TOTAL_SECONDS = 535
+TOTAL_SECONDS = 538
 # what runs on the device, not what emulates one
 KERNEL_TESTS = ("cuda_recall", "cuda_attention", "triton_recall", "triton_recall_operator", "triton_recall_step")
 KERNEL_TESTS += ("triton_attention", "triton_attention_operator", "memory_recall_step")
@@ -29,7 +29,7 @@ def lab_parts(out: Path) -> list[Part]:
     build = [PYTHON, "setup.py", "build_ext", "--inplace"]
     workers = str(max(1, min(14, (os.cpu_count() or 1) - 1)))
     tests = pytest(*TESTS, "-p", "benchmarks.gpu_lab.on_device", "-n", workers, "--dist=worksteal", "--tb=short")
-    tools = ("memcheck", "racecheck", "initcheck", "synccheck")
+    tools = {"memcheck": 20, "racecheck": 40, "initcheck": 15, "synccheck": 15}
     audit = [PYTHON, "-m", "benchmarks.audit", "--table", str(out / "audit.csv"), "--measure"]
     counters = ",".join(summary.COUNTERS)
     ncu = ["ncu", "--csv", "--log-file", str(out / "ncu.csv"), "--metrics", counters]
@@ -37,12 +37,15 @@ def lab_parts(out: Path) -> list[Part]:
     plot = [PYTHON, "-m", "benchmarks.plot", "--device", "cuda", "--results", str(out)]
     return [
         Part("environment", [PYTHON, "-m", "benchmarks.gpu_lab.environment"], 10, "environment"),
-        Part("build", build, 40, "build", needs_cuda=True, tool="nvcc"),
+        Part("build", build, 30, "build", needs_cuda=True, tool="nvcc"),
         Part("tests", tests, 95, "tests", needs_cuda=True),
         # once without a tool, so that these need not compile
-        Part("selection", SELECTION, 25, "sanitizer", needs_cuda=True),
-        *(Part(tool, sanitizer(tool), 20, "sanitizer", needs_cuda=True, tool="compute-sanitizer") for tool in tools),
-        Part("attention", pytest("benchmarks/test_segment_attention.py"), 75, "bench", needs_cuda=True),
+        Part("selection", SELECTION, 35, "sanitizer", needs_cuda=True),
+        *(
+            Part(tool, sanitizer(tool), most, "sanitizer", needs_cuda=True, tool="compute-sanitizer")
+            for tool, most in tools.items()
+        ),
+        Part("attention", pytest("benchmarks/test_segment_attention.py"), 70, "bench", needs_cuda=True),
         Part("model", pytest("benchmarks/test_gpu_model.py"), 75, "bench", needs_cuda=True),
         Part("recall", pytest("benchmarks/test_memory_recall.py"), 60, "bench", needs_cuda=True),
         Part("audit", audit, 40, "audit", needs_cuda=True),
