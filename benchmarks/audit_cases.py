@@ -11,6 +11,8 @@ import torch
 from benchmarks.costs import Cost
 from hmt_kernels.memory_recall import triton_configs
 from hmt_kernels.memory_recall.triton_plans import (
+    BLOCK_D,
+    BLOCK_S,
     plan_matrix_backward,
     plan_matrix_forward,
     plan_vector_backward,
@@ -58,6 +60,9 @@ def recall_cases(target: Target, every_shape: bool, device: str = "meta") -> Ite
                 yield recall_case(direction, 1, 16, dim, dtype, target, device=device)
     for dim in (2048, 4096) if every_shape else (4096,):
         yield recall_case("forward", 1, 1, dim, torch.bfloat16, target, device=device)
+    for direction, queries in (("forward", 1), ("forward", 16), ("backward", 1), ("backward", 16)):
+        for dim in (576, 4096):
+            yield recall_case(direction, 1, queries, dim, torch.bfloat16, target, device=device, reduction=True)
 
 
 def recall_case(
@@ -69,8 +74,9 @@ def recall_case(
     target: Target,
     slots: int = 8192,
     device: str = "meta",
+    reduction: bool = False,
 ) -> Case:
-    """The launch of one problem; forward and one query together are the step, a recall that does more."""
+    """A launch of one problem, the reduction of its splits or the one before; forward, one query takes the step."""
     query = torch.zeros(batch, queries, dim, dtype=dtype, device=device)
     memory = torch.zeros(batch, slots, dim, dtype=dtype, device=device)
     lse = torch.zeros(batch, queries, device=device)
@@ -91,11 +97,17 @@ def recall_case(
     }[direction, queries == 1]
     label = f"recall {direction} B{batch} "
     label += f"Q{queries} " if queries > 1 else ""
-    label += f"D{dim} {str(dtype).removeprefix('torch.')} tile {config.block_n}x{config.num_stages}"
+    label += f"D{dim} {str(dtype).removeprefix('torch.')} "
+    launch, *after = plan(config=config, target=target)
+    if reduction:
+        (launch,) = after
+        partials = launch.arguments["partial_ptr"].numel()
+        cost = Cost(4 * partials, 2 * partials)
+        return Case(label + "reduction", target, launch, cost, partials, BLOCK_S * BLOCK_D, 4, short_loads=8)
     return Case(
-        label,
+        label + f"tile {config.block_n}x{config.num_stages}",
         target,
-        plan(config=config, target=target),
+        launch,
         recall_cost(direction, batch, queries, slots, dim, dtype.itemsize),
         elements=batch * slots * dim,
         elements_per_turn=config.block_n * dim,

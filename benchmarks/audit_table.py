@@ -67,8 +67,8 @@ def seconds_of(case: Case, rounds: int = ROUNDS) -> float:
         value.normal_()  # products of zeros take less power, and so less time
     device = tensors[0].device
     call = stopwatch.as_graph(lambda: triton_launch.run(case.launch, device))
-    calls = stopwatch.calls_per_turn(call)
-    return min(stopwatch.turn(call, calls) for _ in range(rounds))
+    runs = stopwatch.runs_per_turn(call)
+    return min(stopwatch.turn(call, runs) for _ in range(rounds))
 
 
 def with_measurements(rows: Iterable[results.Row], seconds: dict[tuple[str, str], float]) -> list[results.Row]:

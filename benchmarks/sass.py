@@ -69,7 +69,7 @@ def streaming_loops(instructions: list[Instruction]) -> list[tuple[int, int]]:
 
 
 def _first_atomic(instructions: list[Instruction]) -> int:
-    atomics = [i.address for i in instructions if i.opcode.startswith(("ATOMG", "RED"))]
+    atomics = [i.address for i in instructions if i.opcode.split(".")[0] in ("ATOMG", "RED", "REDG")]  # not REDUX
     return min(atomics, default=instructions[-1].address + 1)
 
 

@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping
 import torch
 
 SECONDS_PER_TURN = 0.02
-MAX_CALLS = 1000
+MAX_RUNS = 1000
+CALLS_PER_GRAPH = 10 if torch.cuda.is_available() else 1  # a replay takes about as long as two small kernels
 # a provider that has taken so long in all is left out of further rounds
 MOST_SECONDS = 2.0
 
 
 def as_graph(call: Callable[[], object]) -> Callable[[], object]:
-    """The call as a replayed CUDA graph on CUDA, so that launches from Python are not what is timed; itself on CPU."""
+    """CALLS_PER_GRAPH calls as a replayed CUDA graph, so that their launches are not what is timed; the call on CPU."""
     if not torch.cuda.is_available():
         return call
     side = torch.cuda.Stream()
@@ -24,38 +25,39 @@ def as_graph(call: Callable[[], object]) -> Callable[[], object]:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
+        for _ in range(CALLS_PER_GRAPH):
+            call()
     return graph.replay
 
 
-def turn(call: Callable[[], object], calls: int) -> float:
-    """Seconds per call over `calls` calls in a row."""
+def turn(call: Callable[[], object], runs: int) -> float:
+    """Seconds per call over some runs in a row of what `as_graph` has made of it."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
-    for _ in range(calls):
+    for _ in range(runs):
         call()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return (time.perf_counter() - start) / calls
+    return (time.perf_counter() - start) / (runs * CALLS_PER_GRAPH)
 
 
-def calls_per_turn(call: Callable[[], object], seconds: float = SECONDS_PER_TURN) -> int:
-    """How many calls make a turn of about so many seconds, from one call after a warm-up."""
+def runs_per_turn(call: Callable[[], object], seconds: float = SECONDS_PER_TURN) -> int:
+    """How many runs make a turn of about so many seconds, from one run after a warm-up."""
     call()
-    return max(1, min(MAX_CALLS, int(seconds / turn(call, 1))))
+    return max(1, min(MAX_RUNS, int(seconds / (turn(call, 1) * CALLS_PER_GRAPH))))
 
 
 class Turns:
     """Seconds per call of every provider, a list entry per round; a slow one has fewer, all of the first rounds."""
 
     def __init__(self, providers: Mapping[str, Callable[[], object]], seconds_per_turn: float = SECONDS_PER_TURN):
-        self._calls = {name: (call, calls_per_turn(call, seconds_per_turn)) for name, call in providers.items()}
+        self._calls = {name: (call, runs_per_turn(call, seconds_per_turn)) for name, call in providers.items()}
         self.seconds: dict[str, list[float]] = {name: [] for name in providers}
 
     def take(self, name: str) -> None:
-        taken, calls = self.seconds[name], self._calls[name][1]
-        if sum(taken) * calls < MOST_SECONDS:
+        taken, runs = self.seconds[name], self._calls[name][1]
+        if sum(taken) * runs * CALLS_PER_GRAPH < MOST_SECONDS:
             taken.append(turn(*self._calls[name]))
 
     def take_all_but(self, name: str) -> None:

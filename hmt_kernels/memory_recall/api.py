@@ -88,7 +88,7 @@ def memory_recall_step(
     """memory[b, slot_index[b]] = new_memory[b], then out[:, 0] = out[:, -1] = memory_recall(query, memory).recalled.
 
     What one segment of the Hierarchical Memory Transformer (arXiv 2405.06067, section 3) needs between two passes, in
-    one launch: the queue takes the last segment's memory, and the next augmented segment gets its two prompt slots.
+    one call: the queue takes the last segment's memory, and the next augmented segment gets its two prompt slots.
 
     Args:
         query: [B, 1, D], as in `memory_recall`.

@@ -1,7 +1,7 @@
-"""memory_recall in Triton: one launch forward, one backward, and the step of a segment (write a memory, then recall).
+"""memory_recall in Triton: forward, backward, and the step of a segment (write a memory, then recall).
 
 One query per batch row takes the vector kernels, several take the matrix kernels, 16 at a time. With few queries the
-slots are split over blocks, the last of which to finish reduces.
+slots are split over blocks, and a second launch reduces what these leave.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def step(
     softmax_scale: float,
     out: torch.Tensor,
 ) -> Outputs:
-    """memory[b, slot_index] = new_memory[b], then out[:, 0] = out[:, -1] = recalled, in one launch; no gradients.
+    """memory[b, slot_index] = new_memory[b], then out[:, 0] = out[:, -1] = recalled; no gradients.
 
     query [B, 1, D], memory [B, N, D] and out [B, T, D] (both written in place), new_memory [B, D], slot_index an int or
     int32 [B] (an index outside 0 .. N - 1 in the tensor writes nothing), num_valid counted after the write. Returns
@@ -144,11 +144,12 @@ def _vector_forward(
 
 
 def _launch(
-    name: str, query: torch.Tensor, memory: torch.Tensor, default: Config, plans: Sequence[Callable[..., Launch]]
+    name: str, query: torch.Tensor, memory: torch.Tensor, default: Config, plans: Sequence[Callable[..., list[Launch]]]
 ) -> None:
     def run(config: Config) -> None:
         for plan in plans:
-            triton_launch.run(plan(config=config), query.device)
+            for launch in plan(config=config):
+                triton_launch.run(launch, query.device)
 
     # Sizes are rounded up to powers of two: a queue that grows is not tuned anew at every length.
     batch, num_slots, dim = (int(size) for size in memory.shape)

@@ -1,4 +1,4 @@
-"""Pieces of the recall kernels: tiles whose width is no power of two, and the reduction by the last block to finish.
+"""Pieces of the recall kernels: tiles whose width is no power of two, partial results.
 
 A row of D values is held as two tiles of power-of-two widths D0 and D1 (576 = 512 + 64). If one is enough, D1 = 0: the
 second is then a single column of zeros, which no function here computes with.
@@ -13,19 +13,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hmt_kernels.triton_tiles import is_last
-
 FLOOR = tl.constexpr(-1e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 NO_SLOT = tl.constexpr(1 << 24)  # a slot is kept as a float32 between blocks, which is exact up to here
 NUM_STATS = tl.constexpr(3)  # m_i, l_i and slot
-GROUP = tl.constexpr(16)  # partial results that one block reduces
-NUM_COUNTERS = tl.constexpr(1 + 16)  # of the groups, and of each group's splits
 
 # Arguments that no kernel is compiled for: a queue that grows, or another batch, takes the kernel that is there.
 RUNTIME_SIZES = (
-    "num_queries", "num_slots", "dim", "splits", "slices", "first_query", "add_to_d_memory", "new_slot", "last_row",
+    "num_queries", "num_slots", "dim", "splits", "slices", "q_blocks", "first_query", "add_to_d_memory",
+    "new_slot", "last_row",
     "stride_qb", "stride_qq", "stride_mb", "stride_mn", "stride_nb", "stride_ob", "stride_dob", "stride_doq",
 )  # fmt: skip
 ANY_ALIGNMENT = ("num_valid_ptr", "new_slot_ptr", "d_lse_ptr")
@@ -94,18 +91,12 @@ def stronger_slot(m_i, slot, other_m, other_slot):
 
 
 @triton.jit
-def finish(acc0, acc1, m_i, l_i, slot):
-    """recalled0, recalled1, lse and slot of a whole result; zeros, -inf and -1 if it saw no live slot."""
+def finish(m_i, l_i, slot):
+    """The divisor of acc, lse and slot of a whole result; for one that saw no live slot 1, -inf and -1."""
     some = l_i > 0
     l_i = tl.where(some, l_i, 1.0)
     lse = tl.where(some, m_i + tl.log2(l_i) * LN_2, float("-inf"))
-    return acc0 / l_i[:, None], acc1 / l_i[:, None], lse, tl.where(some, slot, -1)
-
-
-@triton.jit
-def num_partials(splits):
-    """Partial results of one output block: those of the splits and those of their groups."""
-    return (splits + tl.cdiv(splits, GROUP)).to(tl.int64)
+    return l_i, lse, tl.where(some, slot, -1)
 
 
 @triton.jit
@@ -126,83 +117,3 @@ def store_sum(partial_ptr, index, acc0, acc1, ROWS: tl.constexpr, D0: tl.constex
     offsets = (index * ROWS + rows).to(tl.int64) * (D0 + D1)
     store_tile(partial_ptr, offsets, rows < ROWS, acc0, 0, D0, D0)
     store_tile(partial_ptr, offsets, rows < ROWS, acc1, D0, D1, D0 + D1)
-
-
-@triton.jit
-def merge_partials(partial_ptr, stats_ptr, first, count, ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """The partial results first .. first + count as one, always in this order: the same bits in every run."""
-    rows = tl.arange(0, ROWS)
-    m_i = tl.full([ROWS], FLOOR, tl.float32)
-    l_i = tl.zeros([ROWS], tl.float32)
-    slot = tl.full([ROWS], NO_SLOT, tl.int32)
-    acc0, acc1 = zero_tiles(ROWS, D0, D1)
-    for index in tl.range(first, first + count, num_stages=3 if ROWS == 1 else 1):
-        stats = stats_ptr + index * NUM_STATS * ROWS + rows
-        part_m, part_l, part_slot = tl.load(stats), tl.load(stats + ROWS), tl.load(stats + 2 * ROWS).to(tl.int32)
-        offsets = (index * ROWS + rows).to(tl.int64) * (D0 + D1)
-        part0 = load_tile(partial_ptr, offsets, rows < ROWS, 0, D0, D0)
-        part1 = load_tile(partial_ptr, offsets, rows < ROWS, D0, D1, D0 + D1)
-        m_new = tl.maximum(m_i, part_m)
-        old, new = exp(m_i - m_new), exp(part_m - m_new)
-        slot = stronger_slot(m_i, slot, part_m, part_slot)
-        l_i = l_i * old + part_l * new
-        acc0, acc1 = add_weighted(acc0, old, part0, new), add_weighted(acc1, old, part1, new)
-        m_i = m_new
-    return acc0, acc1, m_i, l_i, slot
-
-
-@triton.jit
-def merge_sums(partial_ptr, first, count, ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    rows = tl.arange(0, ROWS)
-    one = tl.full([ROWS], 1.0, tl.float32)
-    acc0, acc1 = zero_tiles(ROWS, D0, D1)
-    for index in tl.range(first, first + count, num_stages=3 if ROWS == 1 else 1):
-        offsets = (index * ROWS + rows).to(tl.int64) * (D0 + D1)
-        acc0 = add_weighted(acc0, one, load_tile(partial_ptr, offsets, rows < ROWS, 0, D0, D0), one)
-        acc1 = add_weighted(acc1, one, load_tile(partial_ptr, offsets, rows < ROWS, D0, D1, D0 + D1), one)
-    return acc0, acc1
-
-
-@triton.jit
-def reduce_partials(
-    partial_ptr, stats_ptr, counter_ptr, split, splits, acc0, acc1, m_i, l_i, slot,
-    ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-):  # fmt: skip
-    """(True, the whole result) in the last block to finish, (False, anything) in the others.
-
-    In two levels, since one block alone would read for longer than all of them compute: the last of every GROUP splits
-    reduces its group, the last of the groups reduces those.
-    """
-    store_partial(partial_ptr, stats_ptr, split, acc0, acc1, m_i, l_i, slot, ROWS, D0, D1)
-    group, groups = split // GROUP, tl.cdiv(splits, GROUP)
-    first = group * GROUP
-    count = tl.minimum(splits - first, GROUP)
-    done = is_last(counter_ptr + 1 + group, count)
-    if done:
-        acc0, acc1, m_i, l_i, slot = merge_partials(partial_ptr, stats_ptr, first, count, ROWS, D0, D1)
-        if groups > 1:
-            store_partial(partial_ptr, stats_ptr, splits + group, acc0, acc1, m_i, l_i, slot, ROWS, D0, D1)
-            done = is_last(counter_ptr, groups)
-            if done:
-                acc0, acc1, m_i, l_i, slot = merge_partials(partial_ptr, stats_ptr, splits, groups, ROWS, D0, D1)
-    return done, acc0, acc1, m_i, l_i, slot
-
-
-@triton.jit
-def reduce_sums(
-    partial_ptr, counter_ptr, split, splits, acc0, acc1, ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
-):
-    """As reduce_partials, for plain sums."""
-    store_sum(partial_ptr, split, acc0, acc1, ROWS, D0, D1)
-    group, groups = split // GROUP, tl.cdiv(splits, GROUP)
-    first = group * GROUP
-    count = tl.minimum(splits - first, GROUP)
-    done = is_last(counter_ptr + 1 + group, count)
-    if done:
-        acc0, acc1 = merge_sums(partial_ptr, first, count, ROWS, D0, D1)
-        if groups > 1:
-            store_sum(partial_ptr, splits + group, acc0, acc1, ROWS, D0, D1)
-            done = is_last(counter_ptr, groups)
-            if done:
-                acc0, acc1 = merge_sums(partial_ptr, splits, groups, ROWS, D0, D1)
-    return done, acc0, acc1

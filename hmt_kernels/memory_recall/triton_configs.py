@@ -16,7 +16,7 @@ from hmt_kernels.triton_tiles import SHARED_MEMORY, column_tiles
 
 AUTOTUNE_VARIABLE = "HMT_KERNELS_AUTOTUNE"
 BLOCK_Q = 16  # queries per tile: the rows of one tensor-core instruction
-MAX_SPLITS = 256  # two levels of triton_blocks.GROUP
+MAX_SPLITS = 512  # a power of two, above twice the multiprocessors of any GPU
 
 
 class Config(NamedTuple):
@@ -87,8 +87,8 @@ def num_splits(num_slots: int, blocks: int, rows: int, config: Config, element_s
 
 
 def _useful_splits(num_slots: int, element_size: int, rows: int) -> int:
-    # S splits read N * element_size / S bytes per column each, the last block S * rows * 4: least at this S.
-    return max(1, math.isqrt(num_slots * element_size // (4 * rows)))
+    # S splits leave S * rows * 4 bytes per column, written and read again: at most half of what the queue itself has.
+    return max(1, num_slots * element_size // (8 * rows))
 
 
 def chosen(key: tuple[object, ...], default: Config, launch: Callable[[Config], object], interpreted: bool) -> Config:

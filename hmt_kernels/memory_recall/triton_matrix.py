@@ -14,17 +14,14 @@ from hmt_kernels.memory_recall.triton_blocks import (
     ANY_ALIGNMENT,
     FLOOR,
     NO_SLOT,
-    NUM_COUNTERS,
-    NUM_STATS,
     RUNTIME_SIZES,
     exp,
     finish,
     live_slots,
     load_tile,
-    num_partials,
-    reduce_partials,
-    reduce_sums,
     slot_range,
+    store_partial,
+    store_sum,
     store_tile,
     stronger_slot,
     zero_tiles,
@@ -59,7 +56,7 @@ def which_block(splits, slices, q_blocks):
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def memory_recall_matrix_fwd_kernel(
-    query_ptr, memory_ptr, num_valid_ptr, recalled_ptr, lse_ptr, slot_ptr, partial_ptr, stats_ptr, counter_ptr,
+    query_ptr, memory_ptr, num_valid_ptr, recalled_ptr, lse_ptr, slot_ptr, partial_ptr, stats_ptr,
     num_queries: tl.int32, num_slots: tl.int32, dim: tl.int32, splits: tl.int32, slices: tl.int32, softmax_scale,
     stride_qb: tl.int64, stride_qq: tl.int64, stride_mb: tl.int64, stride_mn: tl.int64,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SLICE: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -100,20 +97,15 @@ def memory_recall_matrix_fwd_kernel(
         acc1 = add_matmul(acc1, old, p, load_tile(memory_ptr + first, offsets, slots < end, D0, D1, width))
         m_i = m_new
 
-    done = split >= 0
     if SPLIT:
-        partial_ptr += block * num_partials(splits) * BLOCK_Q * (D0 + D1)
-        stats_ptr += block * num_partials(splits) * BLOCK_Q * NUM_STATS
-        done, acc0, acc1, m_i, l_i, slot = reduce_partials(
-            partial_ptr, stats_ptr, counter_ptr + block * NUM_COUNTERS, split, splits,
-            acc0, acc1, m_i, l_i, slot, BLOCK_Q, D0, D1,
-        )  # fmt: skip
-    if done:
-        recalled0, recalled1, lse, slot = finish(acc0, acc1, m_i, l_i, slot)
+        index = block * splits + split
+        store_partial(partial_ptr, stats_ptr, index, acc0, acc1, m_i, l_i, slot, BLOCK_Q, D0, D1)
+    else:
+        divisor, lse, slot = finish(m_i, l_i, slot)
         rows = b * num_queries + queries
         inside = queries < num_queries
-        store_tile(recalled_ptr + first, rows * D, inside, recalled0, 0, D0, width)
-        store_tile(recalled_ptr + first, rows * D, inside, recalled1, D0, D1, width)
+        store_tile(recalled_ptr + first, rows * D, inside, acc0 / divisor[:, None], 0, D0, width)
+        store_tile(recalled_ptr + first, rows * D, inside, acc1 / divisor[:, None], D0, D1, width)
         if slice_index == 0:
             tl.store(lse_ptr + rows, lse, mask=inside)
             tl.store(slot_ptr + rows, slot, mask=inside)
@@ -122,7 +114,7 @@ def memory_recall_matrix_fwd_kernel(
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def memory_recall_matrix_bwd_kernel(
     query_ptr, memory_ptr, num_valid_ptr, recalled_ptr, lse_ptr, d_recalled_ptr, d_lse_ptr,
-    d_query_ptr, d_memory_ptr, partial_ptr, counter_ptr,
+    d_query_ptr, d_memory_ptr, partial_ptr,
     first_query: tl.int32, num_queries: tl.int32, num_slots: tl.int32, dim: tl.int32, splits: tl.int32,
     slices: tl.int32, add_to_d_memory: tl.int32, softmax_scale,
     stride_qb: tl.int64, stride_qq: tl.int64, stride_mb: tl.int64, stride_mn: tl.int64,
@@ -185,11 +177,9 @@ def memory_recall_matrix_bwd_kernel(
             d_tile += load_tile(d_memory_ptr + d, slots.to(tl.int64) * D, added, 0, BLOCK_D, limit)
             store_tile(d_memory_ptr + d, slots.to(tl.int64) * D, slots < end, d_tile, 0, BLOCK_D, limit)
 
-    done = split >= 0
+    acc0, acc1 = acc0 * softmax_scale, acc1 * softmax_scale
     if SPLIT:
-        partial_ptr += block * num_partials(splits) * BLOCK_Q * (D0 + D1)
-        counter_ptr += block * NUM_COUNTERS
-        done, acc0, acc1 = reduce_sums(partial_ptr, counter_ptr, split, splits, acc0, acc1, BLOCK_Q, D0, D1)
-    if done:
-        store_tile(d_query_ptr + first, rows * D, inside, acc0 * softmax_scale, 0, D0, width)
-        store_tile(d_query_ptr + first, rows * D, inside, acc1 * softmax_scale, D0, D1, width)
+        store_sum(partial_ptr, block * splits + split, acc0, acc1, BLOCK_Q, D0, D1)
+    else:
+        store_tile(d_query_ptr + first, rows * D, inside, acc0, 0, D0, width)
+        store_tile(d_query_ptr + first, rows * D, inside, acc1, D0, D1, width)

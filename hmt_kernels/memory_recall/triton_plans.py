@@ -1,4 +1,7 @@
-"""From tensors and a config to a kernel launch: strides, workspace and compile-time constants, all by name."""
+"""From tensors and a config to kernel launches: strides, workspace and compile-time constants, all by name.
+
+Where the slots are split over blocks, a second launch reduces what those leave.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,23 @@ from typing import Any
 
 import torch
 
-from hmt_kernels.counters import zeroed_counters
 from hmt_kernels.memory_recall import triton_blocks
 from hmt_kernels.memory_recall.triton_configs import (
     BLOCK_Q,
     MATRIX_SMALLEST,
+    MAX_SPLITS,
     VECTOR_SMALLEST,
     Config,
     num_splits,
 )
 from hmt_kernels.memory_recall.triton_matrix import memory_recall_matrix_bwd_kernel, memory_recall_matrix_fwd_kernel
+from hmt_kernels.memory_recall.triton_reduce import memory_recall_reduce_kernel
 from hmt_kernels.memory_recall.triton_vector import memory_recall_vector_bwd_kernel, memory_recall_vector_fwd_kernel
 from hmt_kernels.triton_launch import Launch, Target
 from hmt_kernels.triton_tiles import column_tiles, has_aligned_rows, stride
 
 NUM_STATS = triton_blocks.NUM_STATS.value
-NUM_COUNTERS = triton_blocks.NUM_COUNTERS.value
-GROUP = triton_blocks.GROUP.value
+BLOCK_S, BLOCK_D, REDUCE_WARPS = 64, 32, 4  # of the reduction: splits and columns at a time
 
 
 def plan_vector_forward(
@@ -35,7 +38,7 @@ def plan_vector_forward(
     new_slot: int | torch.Tensor,
     config: Config,
     target: Target,
-) -> Launch:
+) -> list[Launch]:
     batch, num_slots, dim = memory.shape
     recalled, lse, slot = outputs
     tiles = column_tiles(dim, VECTOR_SMALLEST)
@@ -62,7 +65,8 @@ def plan_vector_forward(
         "last_row": (recalled.shape[1] - 1) * stride(recalled, 1),
         **_constants(dim, tiles, config, splits, memory, recalled),
     }
-    return Launch(memory_recall_vector_fwd_kernel, batch * splits, arguments, config.num_warps)
+    launch = Launch(memory_recall_vector_fwd_kernel, batch * splits, arguments, config.num_warps)
+    return [launch, *_reduction(arguments, recalled, stride(recalled, 0), batch, last_row=arguments["last_row"])]
 
 
 def plan_vector_backward(
@@ -77,7 +81,7 @@ def plan_vector_backward(
     gradients: tuple[torch.Tensor, torch.Tensor],
     config: Config,
     target: Target,
-) -> Launch:
+) -> list[Launch]:
     batch, num_slots, dim = memory.shape
     tiles = column_tiles(dim, VECTOR_SMALLEST)
     splits = num_splits(num_slots, batch, 1, config, memory.element_size(), target)
@@ -101,7 +105,8 @@ def plan_vector_backward(
         "stride_dob": stride(d_recalled, 0),
         **_constants(dim, tiles, config, splits, memory),
     }
-    return Launch(memory_recall_vector_bwd_kernel, batch * splits, arguments, config.num_warps)
+    launch = Launch(memory_recall_vector_bwd_kernel, batch * splits, arguments, config.num_warps)
+    return [launch, *_reduction(arguments, gradients[0], dim, batch)]
 
 
 def plan_matrix_forward(
@@ -112,12 +117,13 @@ def plan_matrix_forward(
     outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     config: Config,
     target: Target,
-) -> Launch:
+) -> list[Launch]:
     batch, num_slots, dim = memory.shape
     num_queries = query.shape[1]
     slices, width = column_slices(dim, config.max_slice)
     tiles = column_tiles(width, MATRIX_SMALLEST)
-    blocks = batch * -(-num_queries // BLOCK_Q) * slices
+    q_blocks = -(-num_queries // BLOCK_Q)
+    blocks = batch * q_blocks * slices
     splits = num_splits(num_slots, blocks, BLOCK_Q, config, memory.element_size(), target)
     recalled, lse, slot = outputs
     arguments = {
@@ -143,7 +149,13 @@ def plan_matrix_forward(
         "BLOCK_Q": BLOCK_Q,
         "BLOCK_D": config.block_d,
     }
-    return Launch(memory_recall_matrix_fwd_kernel, blocks * splits, arguments, config.num_warps)
+    launch = Launch(memory_recall_matrix_fwd_kernel, blocks * splits, arguments, config.num_warps)
+    return [
+        launch,
+        *_reduction(
+            arguments, recalled, num_queries * dim, batch, num_queries=num_queries, q_blocks=q_blocks, slices=slices
+        ),
+    ]
 
 
 def plan_matrix_backward(
@@ -159,8 +171,9 @@ def plan_matrix_backward(
     gradients: tuple[torch.Tensor, torch.Tensor],
     config: Config,
     target: Target,
-) -> Launch:
+) -> list[Launch]:
     batch, num_slots, dim = memory.shape
+    num_queries = query.shape[1]
     slices, width = column_slices(dim, config.max_slice)
     tiles = column_tiles(width, MATRIX_SMALLEST)
     splits = num_splits(num_slots, batch * slices, BLOCK_Q, config, memory.element_size(), target)
@@ -176,7 +189,7 @@ def plan_matrix_backward(
         "d_memory_ptr": gradients[1],
         **_workspace(batch * slices, splits, BLOCK_Q, sum(tiles), query.device, stats=False),
         "first_query": first_query,
-        "num_queries": query.shape[1],
+        "num_queries": num_queries,
         "num_slots": num_slots,
         "dim": dim,
         "splits": splits,
@@ -194,7 +207,19 @@ def plan_matrix_backward(
         "BLOCK_Q": BLOCK_Q,
         "BLOCK_D": config.block_d,
     }
-    return Launch(memory_recall_matrix_bwd_kernel, batch * slices * splits, arguments, config.num_warps)
+    launch = Launch(memory_recall_matrix_bwd_kernel, batch * slices * splits, arguments, config.num_warps)
+    return [
+        launch,
+        *_reduction(
+            arguments,
+            gradients[0],
+            num_queries * dim,
+            batch,
+            num_queries=num_queries,
+            first_query=first_query,
+            slices=slices,
+        ),
+    ]
 
 
 def column_slices(dim: int, max_slice: int) -> tuple[int, int]:
@@ -216,17 +241,59 @@ def _constants(dim: int, tiles: tuple[int, int], config: Config, splits: int, *t
 
 
 def _workspace(
-    blocks: int, splits: int, rows: int, width: int, device: torch.device, stats: bool
+    units: int, splits: int, rows: int, width: int, device: torch.device, stats: bool
 ) -> dict[str, torch.Tensor | None]:
-    """Room for the partial results of the splits and of their groups, and the counters; nothing without a split."""
-    names = ("partial_ptr", "stats_ptr", "counter_ptr") if stats else ("partial_ptr", "counter_ptr")
-    if splits == 1:
-        return dict.fromkeys(names)
-    partials = blocks * (splits + -(-splits // GROUP)) * rows
-    workspace: dict[str, torch.Tensor | None] = {
-        "partial_ptr": torch.empty(partials * width, dtype=torch.float32, device=device),
-        "counter_ptr": zeroed_counters(blocks * NUM_COUNTERS, device),
-    }
+    """Room for the partial results of the splits; nothing without a split."""
+    sizes = {"partial_ptr": units * splits * rows * width}
     if stats:
-        workspace["stats_ptr"] = torch.empty(partials * NUM_STATS, dtype=torch.float32, device=device)
-    return workspace
+        sizes["stats_ptr"] = units * splits * rows * NUM_STATS
+    return {
+        name: torch.empty(size, dtype=torch.float32, device=device) if splits > 1 else None
+        for name, size in sizes.items()
+    }
+
+
+def _reduction(
+    split: dict[str, Any],
+    out: torch.Tensor,
+    stride_ob: int,
+    batch: int,
+    *,
+    num_queries: int = 1,
+    first_query: int = 0,
+    q_blocks: int = 1,
+    slices: int = 1,
+    last_row: int = 0,
+) -> list[Launch]:
+    """The launch that reduces what one with the arguments `split` leaves; none where it has no splits.
+
+    `out` is what that one writes where it has no splits; its queries lie D elements apart.
+    """
+    if not split["SPLIT"]:
+        return []
+    stats = split.get("stats_ptr")
+    rows, columns = split.get("BLOCK_Q", 1), split.get("SLICE", split["D"])
+    arguments = {
+        "partial_ptr": split["partial_ptr"],
+        "stats_ptr": stats,
+        "out_ptr": out,
+        "lse_ptr": None if stats is None else split["lse_ptr"],
+        "slot_ptr": None if stats is None else split["slot_ptr"],
+        "splits": split["splits"],
+        "num_queries": num_queries,
+        "first_query": first_query,
+        "q_blocks": q_blocks,
+        "slices": slices,
+        "stride_ob": stride_ob,
+        "last_row": last_row,
+        "D": split["D"],
+        "WIDTH": split["D0"] + split["D1"],
+        "SLICE": columns,
+        "ROWS": rows,
+        "BLOCK_S": BLOCK_S,
+        "BLOCK_D": BLOCK_D,
+        "MOST_SPLITS": MAX_SPLITS,
+        "ALIGN": split["ALIGN"],
+    }
+    grid = batch * q_blocks * slices * rows * -(-columns // BLOCK_D)
+    return [Launch(memory_recall_reduce_kernel, grid, arguments, REDUCE_WARPS)]

@@ -9,18 +9,15 @@ from hmt_kernels.memory_recall.triton_blocks import (
     ANY_ALIGNMENT,
     FLOOR,
     NO_SLOT,
-    NUM_COUNTERS,
-    NUM_STATS,
     RUNTIME_SIZES,
     add_weighted,
     exp,
     finish,
     live_slots,
     load_tile,
-    num_partials,
-    reduce_partials,
-    reduce_sums,
     slot_range,
+    store_partial,
+    store_sum,
     store_tile,
     stronger_slot,
     zero_tiles,
@@ -68,7 +65,7 @@ def outer_sum(p, do, ds, u):
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def memory_recall_vector_fwd_kernel(
     query_ptr, memory_ptr, num_valid_ptr, new_ptr, new_slot_ptr, recalled_ptr, lse_ptr, slot_ptr,
-    partial_ptr, stats_ptr, counter_ptr, new_slot: tl.int32, num_slots: tl.int32, splits: tl.int32, softmax_scale,
+    partial_ptr, stats_ptr, new_slot: tl.int32, num_slots: tl.int32, splits: tl.int32, softmax_scale,
     stride_qb: tl.int64, stride_mb: tl.int64, stride_mn: tl.int64, stride_nb: tl.int64,
     stride_ob: tl.int64, last_row: tl.int64,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -122,16 +119,11 @@ def memory_recall_vector_fwd_kernel(
     l_i = tl.sum(l_i * weights, axis=0, keep_dims=True)
     acc0 = tl.sum(acc0 * weights[:, None], axis=0, keep_dims=True)  # [1, D0]
     acc1 = tl.sum(acc1 * weights[:, None], axis=0, keep_dims=True)
-    m_i, done = m_max, split >= 0
     if SPLIT:
-        partial_ptr += b * num_partials(splits) * (D0 + D1)
-        stats_ptr += b * num_partials(splits) * NUM_STATS
-        counter_ptr += b * NUM_COUNTERS
-        done, acc0, acc1, m_i, l_i, slot = reduce_partials(
-            partial_ptr, stats_ptr, counter_ptr, split, splits, acc0, acc1, m_i, l_i, slot, 1, D0, D1
-        )
-    if done:
-        recalled0, recalled1, lse, slot = finish(acc0, acc1, m_i, l_i, slot)
+        store_partial(partial_ptr, stats_ptr, b * splits + split, acc0, acc1, m_max, l_i, slot, 1, D0, D1)
+    else:
+        divisor, lse, slot = finish(m_max, l_i, slot)
+        recalled0, recalled1 = acc0 / divisor[:, None], acc1 / divisor[:, None]
         row = tl.arange(0, 1)
         tl.store(lse_ptr + b + row, lse)
         tl.store(slot_ptr + b + row, slot)
@@ -144,7 +136,7 @@ def memory_recall_vector_fwd_kernel(
 @triton.jit(do_not_specialize=RUNTIME_SIZES, do_not_specialize_on_alignment=ANY_ALIGNMENT)
 def memory_recall_vector_bwd_kernel(
     query_ptr, memory_ptr, num_valid_ptr, recalled_ptr, lse_ptr, d_recalled_ptr, d_lse_ptr,
-    d_query_ptr, d_memory_ptr, partial_ptr, counter_ptr, num_slots: tl.int32, splits: tl.int32, softmax_scale,
+    d_query_ptr, d_memory_ptr, partial_ptr, num_slots: tl.int32, splits: tl.int32, softmax_scale,
     stride_qb: tl.int64, stride_mb: tl.int64, stride_mn: tl.int64, stride_dob: tl.int64,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     ALIGN: tl.constexpr, SPLIT: tl.constexpr,
@@ -184,10 +176,7 @@ def memory_recall_vector_bwd_kernel(
     o0, o1 = load_row(recalled_ptr + b * D, BLOCK_N, D0, D1, D)
     d_query0 = tl.sum(acc0, axis=0, keep_dims=True) - excess * o0
     d_query1 = tl.sum(acc1, axis=0, keep_dims=True) - excess * o1
-    done = split >= 0
     if SPLIT:
-        partial_ptr += b * num_partials(splits) * (D0 + D1)
-        counter_ptr += b * NUM_COUNTERS
-        done, d_query0, d_query1 = reduce_sums(partial_ptr, counter_ptr, split, splits, d_query0, d_query1, 1, D0, D1)
-    if done:
+        store_sum(partial_ptr, b * splits + split, d_query0, d_query1, 1, D0, D1)
+    else:
         store_row(d_query_ptr + b * D, tl.arange(0, 1) < 1, d_query0, d_query1, D0, D1, D)

@@ -149,22 +149,18 @@ def test_ties_go_to_the_lowest_slot(queries):
     assert (memory_recall(query, memory * 0, softmax_scale=0.1, impl="triton").slot == 0).all()
 
 
-@pytest.mark.parametrize(("queries", "slots", "parts"), [(1, 1100, 18), (2, 300, 4)], ids=["vector", "matrix"])
+@pytest.mark.parametrize(("queries", "slots", "parts"), [(1, 4500, 71), (2, 300, 9)], ids=["vector", "matrix"])
 def test_twenty_repeats_in_random_block_order_give_the_same_bits(queries, slots, parts, monkeypatch):
-    # More than 16 parts are reduced in two levels.
     monkeypatch.setattr(implementation, "target_of", lambda device: Target(90, 132))
     splits = []
     num_splits = triton_plans.num_splits
     monkeypatch.setattr(triton_plans, "num_splits", lambda *args: splits.append(num_splits(*args)) or splits[-1])
-    counters = torch.zeros(200, dtype=torch.int32, device=DEVICE)
-    monkeypatch.setattr(triton_plans, "zeroed_counters", lambda count, device: counters)
     query, memory, counts, scale = make_case(1, queries, slots, 64, torch.float32, [slots - 9], "contiguous")
     results = []
     for _ in range(20):
         shuffle_blocks(monkeypatch)
         out = implementation.forward(query, memory, counts, scale)
         results.append((*out, *implementation.backward(out[0], out[1], query, memory, counts, *out[:2], scale)))
-        assert (counters == 0).all()  # ready for the next launch
     assert set(splits) == {parts}
     for result in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
