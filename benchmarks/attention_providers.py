@@ -31,8 +31,8 @@ BACKENDS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# compiling FlexAttention takes longer than all else together: one text of one length, with a mask, on CUDA
-FLEX_LENGTH = 1058
+# compiling FlexAttention takes longer than all else together: one shape, with a mask, on CUDA
+FLEX_LENGTH, FLEX_DIM = 1058, 128
 # beyond it those that hold all scores are too large, or too slow to wait for
 MATH_LENGTH = {"cpu": 546, "cuda": 1058}
 
@@ -168,8 +168,9 @@ def _backend(name: str, x: Inputs) -> Attention:
 
 
 def _flex(x: Inputs) -> Attention:
-    if x.pad_span is None or (x.q.shape[0], x.q.shape[2]) != (1, FLEX_LENGTH):
-        raise NotHere(f"compiled for the workload hole, B = 1, T = {FLEX_LENGTH} only")
+    batch, _, *size = x.q.shape
+    if x.pad_span is None or (batch, *size) != (1, FLEX_LENGTH, FLEX_DIM):
+        raise NotHere(f"compiled for the workload hole, B = 1, T = {FLEX_LENGTH}, D = {FLEX_DIM} only")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     start, stop = x.pad_span[0].tolist()

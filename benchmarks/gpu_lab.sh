@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, checks and times everything on a machine with a GPU, in under nine minutes and without network:
 #
-#     bash benchmarks/gpu_lab.sh OUT [--only build,tests,sanitizer,bench,audit,ncu,plot] [--again]
+#     bash benchmarks/gpu_lab.sh OUT [--only build,audit,tests,sanitizer,bench,ncu,plot] [--again]
 #
 # OUT gets summary.md (one page), lab.csv (a row per part), a log per part, the benchmarks' CSV files and figures, all as
 # they come. A part that fails is reported and does not stop the others; the exit status is 1 if any failed. A second

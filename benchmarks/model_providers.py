@@ -21,14 +21,16 @@ from benchmarks.processes import held_memory, own_process, peak_memory
 from benchmarks.providers import register
 from benchmarks.sizes import DEVICE
 from hmt import HMTForCausalLM
+from hmt.remat import checkpoint_layers
 
 OURS = providers.OURS["model"]
 BFLOAT16 = f"{OURS}, bfloat16"
 GRAPHS, NO_GRAPHS = f"{OURS}, cuda_graphs=True", f"{OURS}, cuda_graphs=False"
 COMPILED = f"{OURS}, compile_layers=True"
+CHECKPOINTED = f"{GRAPHS}, checkpointed layers"
 KEPT = f"{OURS}, rematerialize=False"
 PLAIN, DROPPED, PEER = "plain loop", "plain loop, outputs dropped", "HMT-pytorch"
-READ_ONLY, TRAIN_ONLY = (BFLOAT16, DROPPED), (KEPT,)
+READ_ONLY, TRAIN_ONLY = (BFLOAT16, DROPPED), (KEPT, CHECKPOINTED)
 # as slow as the plain loop: of interest for its memory
 MEMORY_ONLY = (DROPPED,)
 # Per workload a function of token ids [1, T]. It returns "memories" [1, S, d] and, for "score", the "loss"; "train" the
@@ -95,8 +97,10 @@ def _training(model: nn.Module, memory: nn.Parameter, loss_of: Callable[[Tensor]
     return train
 
 
-def _ours(**settings: Any) -> Runners:
+def _ours(checkpointed: bool = False, **settings: Any) -> Runners:
     model = build(**settings)
+    if checkpointed:
+        checkpoint_layers(model.train())  # there is no dropout
 
     def score(ids: Tensor) -> dict[str, Tensor]:
         out = model(ids, labels=ids)
@@ -145,13 +149,12 @@ def _slow_compiling() -> str | None:
 
 register("model", OURS, _ours)
 register("model", BFLOAT16, lambda **settings: _ours(dtype=torch.bfloat16, **settings), _slow_bfloat16)
-for name, on in ((GRAPHS, True), (NO_GRAPHS, False)):
-    register(
-        "model",
-        name,
-        partial(_ours, cuda_graphs=on),
-        lambda: None if DEVICE == "cuda" else "PyTorch sees no CUDA device",
-    )
+for name, captured in (
+    (GRAPHS, partial(_ours, cuda_graphs=True)),
+    (NO_GRAPHS, partial(_ours, cuda_graphs=False)),
+    (CHECKPOINTED, partial(_ours, cuda_graphs=True, checkpointed=True)),
+):
+    register("model", name, captured, lambda: None if DEVICE == "cuda" else "PyTorch sees no CUDA device")
 register("model", COMPILED, partial(_ours, compile_layers=True), _slow_compiling)
 register("model", KEPT, lambda **settings: _ours(rematerialize=False, **settings))
 register("model", PLAIN, lambda **settings: _plain_loop(plain_loop.read, **settings))

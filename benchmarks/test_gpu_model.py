@@ -18,7 +18,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks import costs, providers
-from benchmarks.model_providers import GRAPHS, NO_GRAPHS, PEER, PLAIN
+from benchmarks.model_providers import CHECKPOINTED, GRAPHS, NO_GRAPHS, PEER, PLAIN
 from benchmarks.model_rounds import check
 from benchmarks.model_shape import CONFIG, DTYPE, LLAMA_7B, NUM_SENSORY, build, weight_bytes
 from benchmarks.processes import held_memory, peak_memory
@@ -26,8 +26,8 @@ from benchmarks.results import Row, median_ratio, row
 from benchmarks.roofline import ceilings
 from benchmarks.sizes import DEVICE, TINY, size
 
-ROUNDS = size(3, tiny=2)
-PROMPT, TOKENS = size(40, tiny=3), size(64, tiny=4)  # of the open segment, and generated
+ROUNDS = size(2, tiny=2)
+PROMPT, TOKENS = size(40, tiny=3), size(32, tiny=4)  # of the open segment, and generated
 # by shape: its config, the segment's length, and how many times HMT-pytorch's speed
 SHAPES = {"SmolLM-135M": (CONFIG, size(512, tiny=16), 10.0), "Llama-7B": (LLAMA_7B, size(1024, tiny=16), 2.5)}
 TRAIN_GOAL, TRAIN_MEMORY_GOAL = 3.0, 4.0
@@ -45,10 +45,11 @@ def runners(shape: str) -> tuple[dict[str, Any], dict[str, str]]:
     runners.cache_clear()  # the models of one shape at a time
     config, length, _ = SHAPES[shape]
     found, absent = {}, {}
-    for name in (GRAPHS, NO_GRAPHS, PLAIN, PEER):
+    trains = (shape, "train") in {workload[:2] for workload in WORKLOADS}
+    for name in (GRAPHS, *([CHECKPOINTED] if trains else []), NO_GRAPHS, PLAIN, PEER):
         provider = providers.get("model", name)
         reason = provider.missing()
-        if reason is not None and not (TINY and name in (GRAPHS, NO_GRAPHS)):
+        if reason is not None and not (TINY and name in (GRAPHS, CHECKPOINTED, NO_GRAPHS)):
             absent[name] = reason
         else:
             found[name] = provider.make(shape=config, segment_length=length)
@@ -98,6 +99,7 @@ class Clock(BaseStreamer):
 @pytest.mark.parametrize(("shape", "what", "segments"), WORKLOADS)
 def test_model(shape: str, what: str, segments: int, benchmark: Any, rows: list[Row], absent: dict[str, str]) -> None:
     found, missing = runners(shape)
+    found = {name: of for name, of in found.items() if what == "train" or name != CHECKPOINTED}
     absent.update(missing)
     ids, seconds = text(shape, segments), {name: [] for name in found}
     results, peaks = {}, {}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from hmt.backbone import unwrap
 from hmt_kernels.autocast import is_autocast_enabled
@@ -96,6 +97,25 @@ def to_be_captured() -> Iterator[None]:
         torch.set_autocast_cache_enabled(kept)
 
 
+@contextlib.contextmanager
+def static_checkpoints(layers: nn.Module) -> Iterator[None]:
+    """For passes that draw nothing: layers that are checkpointed do not look at the generator, as a capture demands."""
+    checkpointed: list[Any] = [
+        module for module in layers.modules() if getattr(module, "gradient_checkpointing", False)
+    ]
+    kept = [module._gradient_checkpointing_func for module in checkpointed]
+    for module in checkpointed:
+        module._gradient_checkpointing_func = _static_checkpoint
+    try:
+        yield
+    finally:
+        for module, function in zip(checkpointed, kept, strict=True):
+            module._gradient_checkpointing_func = function
+
+
+_static_checkpoint = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
 class Drawing:
     """Whether random numbers have been drawn since: a replay would draw others than a recomputation, or none anew."""
 
@@ -133,8 +153,6 @@ def look(model: HMTForCausalLM) -> Look:
     config, kind, backbone = model.config, model.device.type, unwrap(model.backbone)
     if model.training and getattr(backbone.config, "attention_dropout", 0.0):
         return Look("dropout draws anew at every call")
-    if model.training and getattr(backbone, "is_gradient_checkpointing", False):
-        return Look("the backbone checkpoints its layers, which looks at the random number generator")
     autocast = is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     scale = model.recall.softmax_scale if config.mode == "hmt" else None
     found: list[Any] = [model.training, backbone.config._attn_implementation, selected(), scale, autocast]
@@ -148,6 +166,8 @@ def look(model: HMTForCausalLM) -> Look:
         parts = vars(module)
         if (reason := _why_not(module, parts)) is not None:
             return Look(reason)
+        if parts.get("gradient_checkpointing"):
+            found.append("checkpointed")
         if "forward" in parts and module is not model:  # whose own would keep it alive, and is not what is captured
             found.append(parts["forward"])
         for w in (*parts["_parameters"].values(), *parts["_buffers"].values()):
@@ -180,14 +200,19 @@ def not_here(model: HMTForCausalLM) -> str | None:
 
 def _why_not(module: nn.Module, parts: dict[str, Any]) -> str | None:
     kind: Any = type(module)
-    hooks = parts["_forward_hooks"] or parts["_forward_pre_hooks"]
-    if hooks or parts["_backward_hooks"] or parts["_backward_pre_hooks"] or _has_adapters(kind):
+    forward_hooks = parts["_forward_pre_hooks"] or not all(map(_is_harmless, parts["_forward_hooks"].values()))
+    if forward_hooks or parts["_backward_hooks"] or parts["_backward_pre_hooks"] or _has_adapters(kind):
         return "a module has hooks or adapters, which may do something else at every call"
     if "_hf_hook" in parts:
         return "accelerate moves weights to the device at every call"
     if parts["training"] and isinstance(module, nn.Dropout) and module.p:
         return "dropout draws anew at every call"
     return None
+
+
+def _is_harmless(hook: Any) -> bool:
+    """Whether it is the one that transformers adds to the embeddings of a model that checkpoints its layers."""
+    return getattr(hook, "__name__", "") == "make_inputs_require_grads"
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from hmt.adapters import TRAINABLE, save_adapter, select
 from hmt.data import Document, join_documents, load_documents, split_documents
 from hmt.loading import load
 from hmt.recipes import RECIPES
+from hmt.remat import checkpoint_layers
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -81,6 +82,11 @@ def add_train(commands: Any, add_memory_options: Any) -> None:
         action="store_true",
         help="faster and smaller after a minute of torch.compile (needs a C++ compiler, on a GPU Triton)",
     )
+    steps.add_argument(
+        "--checkpoint-layers",
+        action="store_true",
+        help="keep one layer's activations at a time instead of one segment's, for another forward pass",
+    )
     steps.add_argument("--lora-rank", type=positive, default=8, metavar="R")
     steps.add_argument("--lora-alpha", type=int, default=32, metavar="A")
     steps.add_argument("--seed", type=int, default=0)
@@ -123,6 +129,8 @@ def _train(arguments: argparse.Namespace) -> int:
         evaluated = _documents(arguments.eval, loaded.tokenizer, arguments, arguments.eval_split)
     elif arguments.eval_fraction is not None:
         documents, evaluated = split_documents(documents, arguments.eval_fraction)
+    if arguments.checkpoint_layers:
+        checkpoint_layers(loaded.model)
     count = select(loaded.model, arguments.what, rank=arguments.lora_rank, alpha=arguments.lora_alpha)
     tokens = sum(len(d.ids) for d in documents)
     print(f"training {count:,} parameters on {len(documents)} documents of {tokens:,} tokens", file=sys.stderr)

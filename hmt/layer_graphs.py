@@ -41,7 +41,8 @@ class _Layers(nn.Module):
         self.backbone, self.last_rows = backbone, last_rows
 
     def forward(self, embeds: Tensor) -> Tensor:
-        return run_layers(self.backbone, embeds, last_rows=self.last_rows).last_hidden_state
+        with capture.static_checkpoints(self.backbone):
+            return run_layers(self.backbone, embeds, last_rows=self.last_rows).last_hidden_state
 
 
 @dataclass

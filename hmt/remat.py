@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 
 def offloaded(on: bool) -> contextlib.AbstractContextManager[Any]:
@@ -24,3 +25,10 @@ def rematerialized(function: Callable[..., Any], *inputs: Tensor | None, offload
     """
     with offloaded(offload):
         return checkpoint(function, *inputs, use_reentrant=False)
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """In training mode, recompute each layer from its input too: one layer's activations are held at a time."""
+    # the second name is that of transformers before 5.20
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

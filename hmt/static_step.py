@@ -96,7 +96,8 @@ def segment_step(model: HMTForCausalLM, buffers: StepBuffers) -> None:
         b.query[:, None], b.queue, b.memory, b.slot, b.num_valid, softmax_scale=scale, out=b.embeds
     )
     b.strongest.copy_(out.slot[:, 0])
-    rows = run_layers(model.backbone, b.embeds, last_rows=b.hidden.shape[1] + 1).last_hidden_state
+    with capture.static_checkpoints(model.backbone):
+        rows = run_layers(model.backbone, b.embeds, last_rows=b.hidden.shape[1] + 1).last_hidden_state
     b.hidden.copy_(rows[:, :-1])
     b.memory.copy_(rows[:, -1])
 

@@ -29,7 +29,7 @@ def lab_parts(out: Path) -> list[Part]:
     build = [PYTHON, "setup.py", "build_ext", "--inplace"]
     workers = str(max(1, min(14, (os.cpu_count() or 1) - 1)))
     tests = pytest(*TESTS, "-p", "benchmarks.gpu_lab.on_device", "-n", workers, "--dist=worksteal", "--tb=short")
-    tools = {"memcheck": 20, "racecheck": 40, "initcheck": 15, "synccheck": 15}
+    tools = {"memcheck": 15, "racecheck": 25, "initcheck": 15, "synccheck": 15}
     audit = [PYTHON, "-m", "benchmarks.audit", "--table", str(out / "audit.csv"), "--measure"]
     counters = ",".join(summary.COUNTERS)
     ncu = ["ncu", "--csv", "--log-file", str(out / "ncu.csv"), "--metrics", counters]
@@ -37,20 +37,21 @@ def lab_parts(out: Path) -> list[Part]:
     plot = [PYTHON, "-m", "benchmarks.plot", "--device", "cuda", "--results", str(out)]
     return [
         Part("environment", [PYTHON, "-m", "benchmarks.gpu_lab.environment"], 10, "environment"),
-        Part("build", build, 30, "build", needs_cuda=True, tool="nvcc"),
-        Part("tests", tests, 95, "tests", needs_cuda=True),
+        Part("build", build, 25, "build", needs_cuda=True, tool="nvcc"),
+        # first, since it compiles the Triton kernels on all cores, and the others find them in Triton's cache
+        Part("audit", audit, 60, "audit", needs_cuda=True),
+        Part("tests", tests, 85, "tests", needs_cuda=True),
         # once without a tool, so that these need not compile
-        Part("selection", SELECTION, 35, "sanitizer", needs_cuda=True),
+        Part("selection", SELECTION, 25, "sanitizer", needs_cuda=True),
         *(
             Part(tool, sanitizer(tool), most, "sanitizer", needs_cuda=True, tool="compute-sanitizer")
             for tool, most in tools.items()
         ),
-        Part("attention", pytest("benchmarks/test_segment_attention.py"), 70, "bench", needs_cuda=True),
-        Part("model", pytest("benchmarks/test_gpu_model.py"), 75, "bench", needs_cuda=True),
-        Part("recall", pytest("benchmarks/test_memory_recall.py"), 60, "bench", needs_cuda=True),
-        Part("audit", audit, 40, "audit", needs_cuda=True),
-        Part("ncu", ncu, 20, "ncu", needs_cuda=True, tool="ncu"),
-        Part("plot", plot, 10, "plot", needs_cuda=True),
+        Part("attention", pytest("benchmarks/test_segment_attention.py"), 78, "bench", needs_cuda=True),
+        Part("model", pytest("benchmarks/test_gpu_model.py"), 90, "bench", needs_cuda=True),
+        Part("recall", pytest("benchmarks/test_memory_recall.py"), 50, "bench", needs_cuda=True),
+        Part("ncu", ncu, 30, "ncu", needs_cuda=True, tool="ncu"),
+        Part("plot", plot, 8, "plot", needs_cuda=True),
     ]
 
 

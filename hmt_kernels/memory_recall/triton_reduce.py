@@ -1,7 +1,7 @@
 """The second launch of a recall whose slots were split over blocks: the splits' partial results become one.
 
-Every block takes a few columns of one row of all splits, so that the whole GPU reads what the whole GPU has written. When
-the last block to finish reduced alone, an H100 took 17 us for N = 300, D = 4096, a queue that it reads in one.
+Every block takes a few columns of one row of all splits, so that the whole GPU reads what the whole GPU has written.
+When the last block to finish reduced alone, an H100 took 17 us for N = 300, D = 4096, a queue that it reads in one.
 """
 
 from __future__ import annotations

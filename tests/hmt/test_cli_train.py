@@ -11,9 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import logging as transformers_logging
+from transformers import modeling_utils
 
-from hmt import compiled_layers
+from hmt import capture, compiled_layers
 from hmt.adapters import FILE
 from hmt.cli import main
 from hmt.layer_graphs import LayerGraph
@@ -42,24 +44,34 @@ def quiet():
 @pytest.mark.parametrize(
     ("what", "option"),
     [(what, option) for what in ("memory", "lora", "full") for option in ("", "--cuda-graphs")]
-    + [("full", "--compile-layers")],
+    + [("full", "--compile-layers"), ("full", "--checkpoint-layers"), ("full", "--cuda-graphs --checkpoint-layers")],
 )
 def test_train_then_evaluate(
     what: str, option: str, model_dir: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     if what == "lora":
         pytest.importorskip("peft")
-    passes, compiled = [], []
+    passes, compiled, checkpointed = [], [], []
     run_back = LayerGraph.run_back
+
+    def counted(*arguments, **options):
+        checkpointed.append(1)
+        return checkpoint(*arguments, **options)
+
+    monkeypatch.setattr(modeling_utils, "checkpoint", counted)
+    monkeypatch.setattr(
+        capture, "_static_checkpoint", functools.partial(counted, **capture._static_checkpoint.keywords)
+    )
     monkeypatch.setattr(torch, "compile", lambda function: compiled.append(1) or function)
     monkeypatch.setattr(compiled_layers, "_compiled", functools.cache(compiled_layers._compiled.__wrapped__))
     monkeypatch.setattr(LayerGraph, "run_back", lambda *arguments: passes.append(1) or run_back(*arguments))
     out = tmp_path / "out"
     command = ["train", str(texts), "--model", str(model_dir), "--output", str(out), "--what", what, *SMALL, *STEPS]
-    command += [option] if option else []
+    command += option.split()
     assert main([*command, "--eval-fraction", "0.3", "--batch-size", "2"]) == 0
-    assert bool(passes) == (option == "--cuda-graphs" and what != "lora")
+    assert bool(passes) == ("--cuda-graphs" in option and what != "lora")
     assert bool(compiled) == (option == "--compile-layers")
+    assert bool(checkpointed) == ("--checkpoint-layers" in option)
     printed = capsys.readouterr()
     assert re.search(r"training [\d,]+ parameters on 2 documents of [\d,]+ tokens", printed.err)
     for name in ("'loss'", "'ppl'", "'tokens_per_second'", "'eval_ppl'"):
