@@ -4,8 +4,8 @@
 
 For each: registers, spills, shared memory against the card's limit, 16-byte loads in the loops that stream the
 inputs, and for attention the tensor-core instructions of the architecture. Prints a table and exits with 1 if a check
-fails. --table writes what a kernel uses and the time to expect of it; --measure adds the time that a Triton kernel takes
-on the GPU of this machine, and leaves CUDA C++ out.
+fails. --table writes what a kernel uses and the time to expect of it; --measure adds the time that a Triton kernel
+takes on the GPU of this machine, and leaves CUDA C++ out.
 """
 
 from __future__ import annotations
