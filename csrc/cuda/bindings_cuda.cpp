@@ -30,16 +30,16 @@ RecallShape recall_shape(const Shape& shape) {
   return {shape[0], shape[1], shape[2], shape[3]};
 }
 
-// (floats of scratch, counters, groups of queries) of a launch
-std::tuple<int64_t, int64_t, int> recall_plan(const Shape& shape, int dtype, int sm_count, bool backward) {
+// (floats of scratch, groups of queries) of a launch
+std::tuple<int64_t, int> recall_plan(const Shape& shape, int dtype, int sm_count, bool backward) {
   const RecallPlan plan = plan_recall(recall_shape(shape), static_cast<DType>(dtype), sm_count, backward);
-  return {plan.units * plan.unit_floats, plan.units * plan.unit_counters, plan.groups};
+  return {plan.units * plan.unit_floats, plan.groups};
 }
 
 void recall_fwd(const Shape& shape, int dtype, int sm_count, const RowsTuple& query, const RowsTuple& memory,
                 Pointer num_valid, const RowsTuple& recalled, const RowsTuple& recalled_copy, Pointer lse, Pointer slot,
-                const RowsTuple& new_memory, Pointer slot_index, Pointer workspace, Pointer counters,
-                float softmax_scale, Pointer stream) {
+                const RowsTuple& new_memory, Pointer slot_index, Pointer workspace, float softmax_scale,
+                Pointer stream) {
   const auto type = static_cast<DType>(dtype);
   RecallForward p = {};
   p.shape = recall_shape(shape);
@@ -54,7 +54,6 @@ void recall_fwd(const Shape& shape, int dtype, int sm_count, const RowsTuple& qu
   p.new_memory = rows(new_memory);
   p.slot_index = pointer<const int32_t>(slot_index);
   p.workspace = pointer<float>(workspace);
-  p.counters = pointer<unsigned>(counters);
   p.softmax_scale = softmax_scale;
   memory_recall_fwd(p, type, pointer<void>(stream));
 }
@@ -62,7 +61,7 @@ void recall_fwd(const Shape& shape, int dtype, int sm_count, const RowsTuple& qu
 void recall_bwd(const Shape& shape, int dtype, int sm_count, const RowsTuple& query, const RowsTuple& memory,
                 Pointer num_valid, const RowsTuple& recalled, const RowsTuple& d_recalled, Pointer lse, Pointer d_lse,
                 const RowsTuple& d_query, const RowsTuple& d_memory, Pointer d_memory_sum, Pointer workspace,
-                Pointer counters, float softmax_scale, Pointer stream) {
+                float softmax_scale, Pointer stream) {
   const auto type = static_cast<DType>(dtype);
   RecallBackward p = {};
   p.shape = recall_shape(shape);
@@ -78,7 +77,6 @@ void recall_bwd(const Shape& shape, int dtype, int sm_count, const RowsTuple& qu
   p.d_memory = rows(d_memory);
   p.d_memory_sum = pointer<float>(d_memory_sum);
   p.workspace = pointer<float>(workspace);
-  p.counters = pointer<unsigned>(counters);
   p.softmax_scale = softmax_scale;
   memory_recall_bwd(p, type, pointer<void>(stream));
 }
@@ -94,8 +92,8 @@ void register_cuda(py::module_& module) {
   module.def("memory_recall_cuda_plan", &hmt::cuda::recall_plan, "shape"_a, "dtype"_a, "sm_count"_a, "backward"_a);
   module.def("memory_recall_cuda_fwd", &hmt::cuda::recall_fwd, py::kw_only(), "shape"_a, "dtype"_a, "sm_count"_a,
              "query"_a, "memory"_a, "num_valid"_a, "recalled"_a, "recalled_copy"_a, "lse"_a, "slot"_a, "new_memory"_a,
-             "slot_index"_a, "workspace"_a, "counters"_a, "softmax_scale"_a, "stream"_a);
+             "slot_index"_a, "workspace"_a, "softmax_scale"_a, "stream"_a);
   module.def("memory_recall_cuda_bwd", &hmt::cuda::recall_bwd, py::kw_only(), "shape"_a, "dtype"_a, "sm_count"_a,
              "query"_a, "memory"_a, "num_valid"_a, "recalled"_a, "d_recalled"_a, "lse"_a, "d_lse"_a, "d_query"_a,
-             "d_memory"_a, "d_memory_sum"_a, "workspace"_a, "counters"_a, "softmax_scale"_a, "stream"_a);
+             "d_memory"_a, "d_memory_sum"_a, "workspace"_a, "softmax_scale"_a, "stream"_a);
 }

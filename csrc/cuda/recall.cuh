@@ -1,4 +1,4 @@
-// What the forward and the backward kernel of memory_recall share: columns, the stream of rows, the tree over splits.
+// What the forward and the backward kernel of memory_recall share: columns, the stream of rows, what a split leaves.
 #pragma once
 
 #include <cmath>
@@ -120,9 +120,10 @@ class RowStream {
   const T* replacement_ = nullptr;
 };
 
-// What the split `node` leaves for query q of its group.
-__device__ __forceinline__ float* partial_of(const RecallPlan& plan, float* partials, int node, int q) {
-  return partials + (static_cast<int64_t>(node) * plan.group_size + q) * plan.partial_floats;
+// What a split leaves for query q of its group.
+template <typename Float>
+__device__ __forceinline__ Float* partial_of(const RecallPlan& plan, Float* partials, int split, int q) {
+  return partials + (static_cast<int64_t>(split) * plan.group_size + q) * plan.partial_floats;
 }
 
 // In the order of the threads, not of the columns: every access is one contiguous line per warp.
@@ -133,59 +134,17 @@ __device__ __forceinline__ void store_partial(float* partial, const float (&x)[k
   }
 }
 
-__device__ __forceinline__ void add_partial(float (&x)[kColumns], const float* partial, float weight) {
-#pragma unroll
-  for (int c = 0; c < kColumns; c += 4) {
-    const float4 y = __ldcg(reinterpret_cast<const float4*>(partial + (c * blockDim.x + threadIdx.x * 4)));
-    x[c] += weight * y.x;
-    x[c + 1] += weight * y.y;
-    x[c + 2] += weight * y.z;
-    x[c + 3] += weight * y.w;
-  }
-}
-
-// True in the last of `members` blocks to come, which then sees what the others wrote. The counter wraps to zero.
-__device__ __forceinline__ bool arrives_last(unsigned* counter, unsigned members, int* shared_flag) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) *shared_flag = atomicInc(counter, members - 1) == members - 1;
-  __syncthreads();
-  const bool last = *shared_flag != 0;
-  __threadfence();
-  return last;
-}
-
-// Brings the splits of one queue together in a fixed order: whichever of up to `fan_in` neighbours comes last merges
-// them and carries the result on. publish(node) writes the carried result to the workspace, merge(first, step, count)
-// replaces it by the sum of the nodes first, first + step, ... True in the block that ends up with the whole.
-template <typename Publish, typename Merge>
-__device__ __forceinline__ bool reduce_splits(const RecallPlan& plan, int split, unsigned* counters, int* shared_flag,
-                                              Publish publish, Merge merge) {
-  int level = 0;
-  for (int step = 1; step < plan.splits; step *= plan.fan_in, ++level) {
-    const int first = split - split % (step * plan.fan_in);
-    const int count = min(plan.fan_in, (plan.splits - first + step - 1) / step);
-    publish(split - split % step);
-    // first is a multiple of fan_in, so that adding the level keeps the counters of different levels apart.
-    if (!arrives_last(counters + first + level, count, shared_flag)) return false;
-    merge(first, step, count);
-    __syncthreads();  // all have read what the next level overwrites
-  }
-  return true;
-}
-
-// Dynamic shared memory: the ring of rows, two sets of block sums, the flag of reduce_splits.
+// Dynamic shared memory: the ring of rows and two sets of block sums.
 template <typename T, int kSums>
 class RecallSharedMemory {
  public:
   static size_t bytes(const RecallPlan& plan, int64_t dim) {
-    return kStages * plan.tile_rows * dim * sizeof(T) + 2 * (plan.threads / kWarp) * kSums * sizeof(float) + 16;
+    return kStages * plan.tile_rows * dim * sizeof(T) + 2 * (plan.threads / kWarp) * kSums * sizeof(float);
   }
 
   __device__ __forceinline__ RecallSharedMemory(int tile_rows, int dim) {
     ring = reinterpret_cast<T*>(shared_memory());
     sums_ = reinterpret_cast<float*>(ring + static_cast<int64_t>(kStages) * tile_rows * dim);
-    flag = reinterpret_cast<int*>(sums_ + 2 * (blockDim.x / kWarp) * kSums);
   }
 
   // The two sets in turn: one barrier lies between two uses, so that the set of the last but one is free.
@@ -195,7 +154,6 @@ class RecallSharedMemory {
   }
 
   T* ring;
-  int* flag;
 
  private:
   float* sums_;

@@ -22,7 +22,6 @@ struct RecallForward {
   Rows new_memory;            // [B, 1, D]: takes the place of slot slot_index[b], in memory too; or null
   const int32_t* slot_index;  // [B]; outside [0, N) nothing is replaced
   float* workspace;
-  unsigned* counters;
   float softmax_scale;
 };
 
@@ -36,7 +35,6 @@ struct RecallBackward {
   Rows d_query, d_memory;
   float* d_memory_sum;  // [B, N, D], contiguous like d_memory, where several groups of queries add up; null with one
   float* workspace;
-  unsigned* counters;
   float softmax_scale;
 };
 

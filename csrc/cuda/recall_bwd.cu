@@ -1,7 +1,7 @@
 // memory_recall backward with one read and one write of memory per group of queries: with p = softmax, delta = do . o -
-// dlse and ds = scale * p * (do . M - delta), dM = p^T do + ds^T u and du = ds M. One launch.
-#include "recall.cuh"
-#include "recall_host.h"
+// dlse and ds = scale * p * (do . M - delta), dM = p^T do + ds^T u and du = ds M. One launch, a second one for
+// du where the rows are split.
+#include "recall_reduce.cuh"
 
 namespace hmt::cuda {
 namespace {
@@ -162,38 +162,25 @@ __device__ __forceinline__ void backward_rows(RowStream<T>& stream, int dim, flo
 }
 
 template <int kQueries>
-__device__ __forceinline__ void publish_gradients(const RecallPlan& plan, float* partials, int node,
+__device__ __forceinline__ void publish_gradients(const RecallPlan& plan, float* partials, int split,
                                                   const Gradients<kQueries>& g) {
 #pragma unroll
   for (int q = 0; q < kQueries; ++q) {
-    float* partial = partial_of(plan, partials, node, q);
+    const float dot = __shfl_sync(kWholeWarp, g.lane_dot, q * kRows);
+    float* partial = partial_of(plan, partials, split, q);
     store_partial(partial, g.d_query[q]);
     if (threadIdx.x == 0) {
-      store_vector(partial + kColumns * blockDim.x, Vector<float>{{g.sum_p[q], g.sum_dp[q], 0.0f, 0.0f}});
+      store_vector(partial + kColumns * blockDim.x, Vector<float>{{g.sum_p[q], g.sum_dp[q], dot, 0.0f}});
     }
   }
 }
 
-template <int kQueries>
-__device__ __forceinline__ void merge_gradients(const RecallPlan& plan, float* partials, int first, int step, int count,
-                                                Gradients<kQueries>& g) {
-#pragma unroll
-  for (int q = 0; q < kQueries; ++q) {
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) g.d_query[q][c] = 0.0f;
-    g.sum_p[q] = g.sum_dp[q] = 0.0f;
-#pragma unroll 2
-    for (int i = 0; i < count; ++i) {
-      const float* partial = partial_of(plan, partials, first + i * step, q);
-      add_partial(g.d_query[q], partial, 1.0f);
-      const float4 sums = __ldcg(reinterpret_cast<const float4*>(partial + kColumns * blockDim.x));
-      g.sum_p[q] += sums.x;
-      g.sum_dp[q] += sums.y;
-    }
-  }
+// The rows were weighted with a delta from the rounded o. By now the exact one is known, and sum p M = o: du needs so
+// much of o more.
+__device__ __forceinline__ float share_of_o(float softmax_scale, float dot, float sum_p, float sum_dp) {
+  return sum_p > 0.0f ? softmax_scale * (dot - sum_dp / sum_p) : 0.0f;
 }
 
-// The rows were weighted with a delta from the rounded o. By now the exact one is known, and sum p M = o: du follows.
 template <typename T, int kQueries>
 __device__ __forceinline__ void write_d_query(const RecallBackward& p, int64_t batch, int first_query,
                                               Gradients<kQueries>& g) {
@@ -203,7 +190,7 @@ __device__ __forceinline__ void write_d_query(const RecallBackward& p, int64_t b
     const float dot = __shfl_sync(kWholeWarp, g.lane_dot, q * kRows);
     const int row = first_query + q;
     if (row >= p.shape.queries) continue;
-    const float error = g.sum_p[q] > 0.0f ? p.softmax_scale * (dot - g.sum_dp[q] / g.sum_p[q]) : 0.0f;
+    const float error = share_of_o(p.softmax_scale, dot, g.sum_p[q], g.sum_dp[q]);
     float out[kColumns];
     load_columns(row_of<T>(p.recalled, batch, row), dim, out);
 #pragma unroll
@@ -234,13 +221,12 @@ __global__ void __launch_bounds__(max_threads(kQueries), 1) memory_recall_bwd_ke
     load_group<T, kQueries>(p, batch, first_query, shared.next_sums(), g);
     backward_rows<T, kQueries>(stream, dim, p.softmax_scale, shared, to, g);
 
-    const int64_t unit = batch * plan.groups + group;
-    float* partials = p.workspace + unit * plan.unit_floats;
-    const bool whole = reduce_splits(
-        plan, split, p.counters + unit * plan.unit_counters, shared.flag,
-        [&](int node) { publish_gradients(plan, partials, node, g); },
-        [&](int first, int step, int count) { merge_gradients(plan, partials, first, step, count, g); });
-    if (whole) write_d_query<T, kQueries>(p, batch, first_query, g);
+    if (plan.splits > 1) {
+      const int64_t unit = batch * plan.groups + group;
+      publish_gradients(plan, p.workspace + unit * plan.unit_floats, split, g);
+    } else {
+      write_d_query<T, kQueries>(p, batch, first_query, g);
+    }
   }
 
   const Share dead = share(slots - live, split, plan.splits);
@@ -250,11 +236,38 @@ __global__ void __launch_bounds__(max_threads(kQueries), 1) memory_recall_bwd_ke
   }
 }
 
+template <typename T>
+__global__ void __launch_bounds__(kReduceWarps* kWarp) memory_recall_reduce_bwd_kernel(const RecallBackward p) {
+  const RecallPlan& plan = p.plan;
+  const Reduction at = this_reduction(plan);
+  if (at.row >= p.shape.queries) return;
+  const float* partials = p.workspace + at.unit * plan.unit_floats;
+  float sum_p = 0.0f, sum_dp = 0.0f;
+  for (int split = threadIdx.x % kWarp; split < plan.splits; split += kWarp) {
+    const Vector<float> stats = stats_of(plan, partials, split, at.query);
+    sum_p += stats.element[0];
+    sum_dp += stats.element[1];
+  }
+  sum_p = lanes_sum<kWarp>(sum_p);
+  sum_dp = lanes_sum<kWarp>(sum_dp);
+  const float dot = stats_of(plan, partials, 0, at.query).element[2];
+  const float error = share_of_o(p.softmax_scale, dot, sum_p, sum_dp);
+  Vector<float> d_query = reduce_columns(plan, partials, at, [](int) { return 1.0f; });
+  const int column = column_at<T>(plan, at.position);
+  if (threadIdx.x < kWarp && column < p.shape.dim) {
+    const T* out = row_of<T>(p.recalled, at.batch, at.row) + column;
+#pragma unroll
+    for (int i = 0; i < kReduceColumns; ++i) d_query.element[i] += error * to_float(out[i]);
+    store_four(row_of<T>(p.d_query, at.batch, at.row) + column, d_query);
+  }
+}
+
 template <typename T, int kQueries>
 const char* launch_backward(const RecallBackward& p, void* stream) {
   const size_t shared_bytes = BackwardShared<T, kQueries>::bytes(p.plan, p.shape.dim);
-  return launch(memory_recall_bwd_kernel<T, kQueries>, p.shape.batch * p.plan.splits, p.plan.threads, shared_bytes, p,
-                stream);
+  const char* error = launch(memory_recall_bwd_kernel<T, kQueries>, p.shape.batch * p.plan.splits, p.plan.threads,
+                             shared_bytes, p, stream);
+  return error || p.plan.splits == 1 ? error : launch_reduction(memory_recall_reduce_bwd_kernel<T>, p, stream);
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 // memory_recall forward: recalled = softmax(scale * query memory^T) memory with every row of memory read once, and the
-// recurrent step, which first puts a new memory into its slot. One launch.
-#include "recall.cuh"
-#include "recall_host.h"
+// recurrent step, which first puts a new memory into its slot. One launch, a second one where the rows are split.
+#include "recall_reduce.cuh"
 
 namespace hmt::cuda {
 namespace {
@@ -103,45 +102,15 @@ __device__ __forceinline__ void recall_rows(RowStream<T>& stream, int dim, const
 }
 
 template <int kQueries>
-__device__ __forceinline__ void publish_recalled(const RecallPlan& plan, float* partials, int node,
+__device__ __forceinline__ void publish_recalled(const RecallPlan& plan, float* partials, int split,
                                                  const Recalled<kQueries>& result) {
 #pragma unroll
   for (int q = 0; q < kQueries; ++q) {
-    float* partial = partial_of(plan, partials, node, q);
+    float* partial = partial_of(plan, partials, split, q);
     store_partial(partial, result.out[q]);
     if (threadIdx.x == 0) {
       const float slot = __int_as_float(result.slot[q]);
       store_vector(partial + kColumns * blockDim.x, Vector<float>{{result.max[q], result.sum[q], slot, 0.0f}});
-    }
-  }
-}
-
-// Lane i reads the maximum, sum and slot of the i-th node, at most one per lane.
-template <int kQueries>
-__device__ __forceinline__ void merge_recalled(const RecallPlan& plan, float* partials, int first, int step, int count,
-                                               Recalled<kQueries>& result) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int q = 0; q < kQueries; ++q) {
-    float max_score = -INFINITY, sum = 0.0f;
-    int slot = -1;
-    if (lane < count) {
-      const float* partial = partial_of(plan, partials, first + lane * step, q);
-      const float4 stored = __ldcg(reinterpret_cast<const float4*>(partial + kColumns * blockDim.x));
-      max_score = stored.x;
-      sum = stored.y;
-      slot = __float_as_int(stored.z);
-    }
-    result.max[q] = lanes_max<kWarp>(max_score);
-    const float weight = max_score == -INFINITY ? 0.0f : expf(max_score - result.max[q]);
-    result.sum[q] = lanes_sum<kWarp>(weight * sum);
-    lanes_strongest<kWarp>(max_score, slot);
-    result.slot[q] = slot;
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) result.out[q][c] = 0.0f;
-#pragma unroll 4
-    for (int i = 0; i < count; ++i) {
-      add_partial(result.out[q], partial_of(plan, partials, first + i * step, q), __shfl_sync(kWholeWarp, weight, i));
     }
   }
 }
@@ -194,19 +163,63 @@ __global__ void __launch_bounds__(max_threads(kQueries), 1) memory_recall_fwd_ke
   Recalled<kQueries> result = {};
   recall_rows<T, kQueries>(stream, dim, query, p.softmax_scale, shared, result);
 
-  float* partials = p.workspace + unit * plan.unit_floats;
-  const bool whole = reduce_splits(
-      plan, split, p.counters + unit * plan.unit_counters, shared.flag,
-      [&](int node) { publish_recalled(plan, partials, node, result); },
-      [&](int first, int step, int count) { merge_recalled(plan, partials, first, step, count, result); });
-  if (whole) write_recalled<T, kQueries>(p, batch, group * kQueries, result);
+  if (plan.splits > 1) {
+    publish_recalled(plan, p.workspace + unit * plan.unit_floats, split, result);
+  } else {
+    write_recalled<T, kQueries>(p, batch, group * kQueries, result);
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kReduceWarps* kWarp) memory_recall_reduce_fwd_kernel(const RecallForward p) {
+  const RecallPlan& plan = p.plan;
+  const Reduction at = this_reduction(plan);
+  if (at.row >= p.shape.queries) return;
+  const float* partials = p.workspace + at.unit * plan.unit_floats;
+  const int lane = threadIdx.x % kWarp;
+  float best = -INFINITY, sum = 0.0f;
+  int slot = -1;
+  for (int split = lane; split < plan.splits; split += kWarp) {
+    const Vector<float> stats = stats_of(plan, partials, split, at.query);
+    if (stats.element[0] > best) {
+      best = stats.element[0];
+      slot = __float_as_int(stats.element[2]);
+    }
+  }
+  const float max = lanes_max<kWarp>(best);
+  const auto weight = [&](const Vector<float>& stats) {
+    return stats.element[0] == -INFINITY ? 0.0f : expf(stats.element[0] - max);
+  };
+  for (int split = lane; split < plan.splits; split += kWarp) {
+    const Vector<float> stats = stats_of(plan, partials, split, at.query);
+    sum += weight(stats) * stats.element[1];
+  }
+  sum = lanes_sum<kWarp>(sum);
+  lanes_strongest<kWarp>(best, slot);
+
+  Vector<float> out =
+      reduce_columns(plan, partials, at, [&](int split) { return weight(stats_of(plan, partials, split, at.query)); });
+  const int column = column_at<T>(plan, at.position);
+  const bool empty = slot < 0 && sum == 0.0f;
+  const float factor = empty ? 0.0f : 1.0f / sum;
+  if (threadIdx.x < kWarp && column < p.shape.dim) {
+#pragma unroll
+    for (int i = 0; i < kReduceColumns; ++i) out.element[i] *= factor;
+    store_four(row_of<T>(p.recalled, at.batch, at.row) + column, out);
+    if (p.recalled_copy.data) store_four(row_of<T>(p.recalled_copy, at.batch, at.row) + column, out);
+  }
+  if (threadIdx.x == 0 && at.chunk == 0) {
+    p.lse[at.batch * p.shape.queries + at.row] = empty ? -INFINITY : max + logf(sum);
+    p.slot[at.batch * p.shape.queries + at.row] = slot;
+  }
 }
 
 template <typename T, int kQueries>
 const char* launch_forward(const RecallForward& p, void* stream) {
   const size_t shared_bytes = ForwardShared<T, kQueries>::bytes(p.plan, p.shape.dim);
-  return launch(memory_recall_fwd_kernel<T, kQueries>, p.plan.units * p.plan.splits, p.plan.threads, shared_bytes, p,
-                stream);
+  const char* error = launch(memory_recall_fwd_kernel<T, kQueries>, p.plan.units * p.plan.splits, p.plan.threads,
+                             shared_bytes, p, stream);
+  return error || p.plan.splits == 1 ? error : launch_reduction(memory_recall_reduce_fwd_kernel<T>, p, stream);
 }
 
 }  // namespace

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 
 #include "dtype.h"
@@ -18,18 +17,19 @@ constexpr int kRows = 8;          // at most, in a tile
 constexpr int kStages = 3;        // tiles in shared memory
 constexpr int kForwardGroup = 4;  // queries that share one reading of memory; registers set the limit
 constexpr int kBackwardGroup = 2;
+constexpr int kReduceColumns = 4;  // that a lane of the second launch adds up
 
 // A block streams the rows of one split of a queue's live slots for one group of its queries (the forward kernel) or
-// for all groups in turn (the backward kernel). A unit is a queue with a group of queries. The results of its splits
-// meet in a tree, fan_in at a time.
+// for all groups in turn (the backward kernel). A unit is a queue with a group of queries. What its splits leave is
+// added up by a second launch.
 struct RecallPlan {
   int group_size, groups;
   int threads, tile_rows;  // of a block
-  int splits, fan_in;
+  int splits;
+  int reduce_chunks;  // blocks of the second launch for one query
   int64_t units;
   int64_t partial_floats;  // of scratch, for one query of one split: what its threads hold, then four for the block
   int64_t unit_floats;
-  int64_t unit_counters;  // zero before and after every launch
 };
 
 // With one query a block may have the 512 threads of D = 8192; a group of several needs more registers, so D <= 4096.
@@ -41,8 +41,7 @@ inline RecallPlan plan_recall(const RecallShape& shape, DType dtype, int sm_coun
   constexpr int64_t kTileBytes = 32 << 10;  // three tiles fit every card, and two blocks of them an H100's SM
   constexpr int64_t kSmBytes = 200 << 10;   // of shared memory, and threads with the registers of one query
   constexpr int64_t kSmThreads = 512;
-  constexpr int64_t kRowsPerSplit = 24;  // at least: a split also writes and re-reads D floats
-  constexpr int64_t kMaxSplits = 1024;   // two levels of a tree with a fan-in of one warp
+  constexpr int64_t kRowsPerSplit = 4;  // at least, for each query of a group, since a split leaves D floats for each
   const int64_t row_bytes = shape.dim * (dtype == DType::kFloat32 ? 4 : 2);
 
   RecallPlan plan = {};
@@ -57,12 +56,12 @@ inline RecallPlan plan_recall(const RecallShape& shape, DType dtype, int sm_coun
   const int64_t blocks_per_sm = std::clamp<int64_t>(std::min(kSmThreads / plan.threads, by_shared_memory), 1, 8);
   const int64_t unsplit_blocks = std::max<int64_t>(backward ? shape.batch : plan.units, 1);
   const int64_t to_fill = (sm_count * blocks_per_sm + unsplit_blocks - 1) / unsplit_blocks;
-  plan.splits = static_cast<int>(std::max<int64_t>(std::min({to_fill, shape.slots / kRowsPerSplit, kMaxSplits}), 1));
-  plan.fan_in = std::max(16, static_cast<int>(std::ceil(std::sqrt(plan.splits))));
+  const int64_t worthwhile = shape.slots / (kRowsPerSplit * plan.group_size);
+  plan.splits = static_cast<int>(std::max<int64_t>(std::min(to_fill, worthwhile), 1));
   if (plan.splits > 1) {
     plan.partial_floats = kColumns * plan.threads + 4;
+    plan.reduce_chunks = kColumns * plan.threads / (kReduceColumns * 32);
     plan.unit_floats = plan.splits * plan.group_size * plan.partial_floats;
-    plan.unit_counters = plan.splits + 1;
   }
   return plan;
 }

@@ -1,4 +1,4 @@
-"""memory_recall in CUDA C++ (csrc/cuda): one launch forward, one backward, one for the recurrent step."""
+"""memory_recall in CUDA C++ (csrc/cuda): forward, backward, and the recurrent step; two launches where rows are split."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hmt_kernels.counters import zeroed_counters
 from hmt_kernels.cuda_launch import has_aligned_rows, pointer, stream, with_aligned_rows
 from hmt_kernels.dispatch import compute_capability
 
@@ -100,7 +99,7 @@ def step(
     softmax_scale: float,
     out: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """memory[b, slot_index[b]] = new_memory[b], then recall into out[:, 0] and out[:, -1], in one launch.
+    """memory[b, slot_index[b]] = new_memory[b], then recall into out[:, 0] and out[:, -1].
 
     query [B, 1, D], memory [B, N, D] (changed in place), new_memory [B, D], slot_index [B] int32 on the device (outside
     [0, N) nothing is written), out [B, T, D], the next augmented segment; num_valid counts the new memory too. Returns
@@ -149,22 +148,20 @@ def _forward(
 
 class _Launch(NamedTuple):
     arguments: dict[str, Any]  # of either kernel
-    workspace: torch.Tensor  # to be kept, with counters, until the kernel is on its stream
-    counters: torch.Tensor
+    workspace: torch.Tensor  # to be kept until the kernels are on their stream
     groups: int  # of queries
 
 
 def _prepare(query: torch.Tensor, memory: torch.Tensor, softmax_scale: float, backward: bool) -> _Launch:
     shape = (query.shape[0], query.shape[1], memory.shape[1], query.shape[2])
     dtype, sm_count = _DTYPES[query.dtype], _sm_count(query.device)
-    num_floats, num_counters, groups = _C.memory_recall_cuda_plan(shape, dtype, sm_count, backward)
+    num_floats, groups = _C.memory_recall_cuda_plan(shape, dtype, sm_count, backward)
     workspace = torch.empty(num_floats, dtype=torch.float32, device=query.device)
-    counters = zeroed_counters(num_counters, query.device)
     arguments = {
         "shape": shape, "dtype": dtype, "sm_count": sm_count, "workspace": workspace.data_ptr(),
-        "counters": counters.data_ptr(), "softmax_scale": softmax_scale, "stream": stream(query.device),
+        "softmax_scale": softmax_scale, "stream": stream(query.device),
     }  # fmt: skip
-    return _Launch(arguments, workspace, counters, groups)
+    return _Launch(arguments, workspace, groups)
 
 
 @functools.cache

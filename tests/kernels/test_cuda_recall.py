@@ -14,7 +14,7 @@ from hmt_kernels.memory_recall import cuda
 
 ON_DEVICE = cuda.missing() is None
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# B, Q, N, D, num_valid; a queue is split from 48 slots, in a tree of two levels from 17 * 24
+# B, Q, N, D, num_valid; a queue is split from 8 slots, or 32 with several queries
 CASES = {
     "one-slot": (1, 1, 1, 8, None),
     "no-slot": (1, 2, 0, 64, None),

@@ -15,14 +15,7 @@ FAULTS = {
         "block.cuh", "    __syncthreads();\n", "    if (warp == 0) __syncthreads();\n", "plain", "two-warps",
         "was not reached by every thread",
     ),
-    "no-barrier-before-arrival": (
-        "recall.cuh", "  __threadfence();\n  __syncthreads();\n", "  __threadfence();\n", "thread", "two-levels",
-        "data race",
-    ),
-    "no-barrier-between-levels": (
-        "recall.cuh", "    __syncthreads();  // all have read", "    // all have read", "thread", "two-levels",
-        "data race",
-    ),
+    "no-barrier-in-reduction": ("recall_reduce.cuh", "  __syncthreads();\n", "", "thread", "many-splits", "data race"),
     "no-wait": ("recall.cuh", "    cp_async_wait<kStages - 1>();\n", "", "plain", "short", "recalled holds NaN"),
     "short-wait": (
         "recall.cuh", "cp_async_wait<kStages - 1>", "cp_async_wait<kStages>", "plain", "split", "recalled holds NaN",
