@@ -50,6 +50,8 @@ CUDA_ARCHITECTURES = {
 }
 # the kernels that must use the tensor cores, by the start of their names
 CUDA_ON_TENSOR_CORES = ("segment_attention_fwd_kernel", "segment_attention_bwd_")
+# loads of one number that their loops may hold: lse and d_lse of a group of queries, the maxima and sums of splits
+CUDA_SHORT_LOADS = {"memory_recall_bwd_": 2, "memory_recall_reduce_": 64}
 TRITON_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
@@ -169,7 +171,11 @@ def check_source(nvcc: str, source: Path, arch: str) -> list[Finding]:
         subprocess.run(command, check=True, capture_output=True)
         codes = disassemble(cubin.read_bytes())
     number = int(arch.rstrip("a"))
-    findings = [judge(readable_name(code.name), f"sm_{arch}", None, code, code.shared_memory, number) for code in codes]
+    findings = []
+    for code in codes:
+        name = readable_name(code.name)
+        short = next((count for start, count in CUDA_SHORT_LOADS.items() if name.startswith(start)), 0)
+        findings.append(judge(name, f"sm_{arch}", None, code, code.shared_memory, number, short))
     for finding in findings:
         if finding.label.startswith(CUDA_ON_TENSOR_CORES) and not finding.code.tensor_core:
             finding.problems.append("no tensor-core instructions")

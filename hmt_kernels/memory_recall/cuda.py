@@ -1,4 +1,4 @@
-"""memory_recall in CUDA C++ (csrc/cuda): forward, backward, and the recurrent step; two launches where rows are split."""
+"""memory_recall in CUDA C++ (csrc/cuda): forward, backward and the recurrent step; two launches if rows are split."""
 
 from __future__ import annotations
 
