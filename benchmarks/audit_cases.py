@@ -59,7 +59,7 @@ def recall_cases(target: Target, every_shape: bool, device: str = "meta") -> Ite
             for dim in every_dim if every_shape else matrix_dims:
                 yield recall_case(direction, 1, 16, dim, dtype, target, device=device)
     for dim in (2048, 4096) if every_shape else (4096,):
-        yield recall_case("forward", 1, 1, dim, torch.bfloat16, target, device=device)
+        yield recall_case("forward", 1, 1, dim, torch.bfloat16, target, slots=300, device=device)
     for direction, queries in (("forward", 1), ("forward", 16), ("backward", 1), ("backward", 16)):
         for dim in (576, 4096):
             yield recall_case(direction, 1, queries, dim, torch.bfloat16, target, device=device, reduction=True)
