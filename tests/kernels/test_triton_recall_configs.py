@@ -49,7 +49,8 @@ def test_every_size_has_a_config_that_fits(arch, dtype):
 def test_splits_fill_the_gpu_but_stay_within_reason():
     config = configs.Config(block_n=4, num_warps=8, num_stages=3)
     splits = [configs.num_splits(slots, 1, 1, config, 2, H100) for slots in (0, 1, 300, 8192, 65536)]
-    assert splits == [1, 1, 12, 64, 181]
+    assert splits == [1, 1, 75, 264, 264]
+    assert configs.num_splits(300, 1, configs.BLOCK_Q, config, 2, H100) == 4  # what a split leaves is 16 times as much
     assert configs.num_splits(300, 1000, 1, config, 2, H100) == 1  # a large batch fills it alone
     assert configs.num_splits(300, 64, 1, config, 2, H100) == 4
     assert configs.num_splits(65536, 1, 1, config, 4, Target(90, 1000)) == configs.MAX_SPLITS
