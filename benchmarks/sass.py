@@ -84,9 +84,15 @@ def loop_instructions(instructions: list[Instruction]) -> int:
 
 
 def loops(instructions: list[Instruction]) -> list[tuple[int, int]]:
-    """The first and last address of every loop: a branch that goes back."""
+    """The first and last address of every loop: a branch that goes back.
+
+    What lies behind the last exit are long waits at barriers, which return to where they came from: no loops.
+    """
     found = []
+    last_exit = max((i.address for i in instructions if i.opcode.startswith("EXIT")), default=instructions[-1].address)
     for instruction in instructions:
+        if instruction.address > last_exit:
+            break
         if instruction.opcode.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", instruction.operands)):
             start = int(target[1], 16)
             # A branch to itself follows the end of every function.
