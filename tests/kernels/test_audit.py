@@ -258,3 +258,10 @@ def test_machine_code_is_read():
 )
 def test_load_width(opcode, width):
     assert sass.load_width(opcode) == width
+
+
+def test_a_reduction_of_a_warp_is_no_atomic_and_a_wait_behind_the_last_exit_no_loop():
+    lines = ["REDUX", "LDG.E.128", "BRA 0x10", "EXIT", "LDG.E", "BRA 0x10", "BRA 0x60"]
+    code = [sass.Instruction(16 * i, *line.partition(" ")[::2]) for i, line in enumerate(lines)]
+    assert sass.loops(code) == [(16, 32)]
+    assert sass.streaming_loads(code) == (1, 0)
