@@ -29,6 +29,6 @@ def rematerialized(function: Callable[..., Any], *inputs: Tensor | None, offload
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
     """In training mode, recompute each layer from its input too: one layer's activations are held at a time."""
-    # the second name is that of transformers before 5.20
+    # newer versions of transformers warn of the second name
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})

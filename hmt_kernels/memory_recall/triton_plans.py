@@ -66,7 +66,7 @@ def plan_vector_forward(
         **_constants(dim, tiles, config, splits, memory, recalled),
     }
     launch = Launch(memory_recall_vector_fwd_kernel, batch * splits, arguments, config.num_warps)
-    return [launch, *_reduction(arguments, recalled, stride(recalled, 0), batch, last_row=arguments["last_row"])]
+    return _with_reduction(launch, recalled, stride(recalled, 0))
 
 
 def plan_vector_backward(
@@ -106,7 +106,7 @@ def plan_vector_backward(
         **_constants(dim, tiles, config, splits, memory),
     }
     launch = Launch(memory_recall_vector_bwd_kernel, batch * splits, arguments, config.num_warps)
-    return [launch, *_reduction(arguments, gradients[0], dim, batch)]
+    return _with_reduction(launch, gradients[0], dim)
 
 
 def plan_matrix_forward(
@@ -150,12 +150,7 @@ def plan_matrix_forward(
         "BLOCK_D": config.block_d,
     }
     launch = Launch(memory_recall_matrix_fwd_kernel, blocks * splits, arguments, config.num_warps)
-    return [
-        launch,
-        *_reduction(
-            arguments, recalled, num_queries * dim, batch, num_queries=num_queries, q_blocks=q_blocks, slices=slices
-        ),
-    ]
+    return _with_reduction(launch, recalled, num_queries * dim, q_blocks)
 
 
 def plan_matrix_backward(
@@ -208,18 +203,7 @@ def plan_matrix_backward(
         "BLOCK_D": config.block_d,
     }
     launch = Launch(memory_recall_matrix_bwd_kernel, batch * slices * splits, arguments, config.num_warps)
-    return [
-        launch,
-        *_reduction(
-            arguments,
-            gradients[0],
-            num_queries * dim,
-            batch,
-            num_queries=num_queries,
-            first_query=first_query,
-            slices=slices,
-        ),
-    ]
+    return _with_reduction(launch, gradients[0], num_queries * dim)
 
 
 def column_slices(dim: int, max_slice: int) -> tuple[int, int]:
@@ -253,24 +237,14 @@ def _workspace(
     }
 
 
-def _reduction(
-    split: dict[str, Any],
-    out: torch.Tensor,
-    stride_ob: int,
-    batch: int,
-    *,
-    num_queries: int = 1,
-    first_query: int = 0,
-    q_blocks: int = 1,
-    slices: int = 1,
-    last_row: int = 0,
-) -> list[Launch]:
-    """The launch that reduces what one with the arguments `split` leaves; none where it has no splits.
+def _with_reduction(launch: Launch, out: torch.Tensor, stride_ob: int, q_blocks: int = 1) -> list[Launch]:
+    """This launch and, where it has splits, the one that reduces what they leave.
 
-    `out` is what that one writes where it has no splits; its queries lie D elements apart.
+    `out` is what the first writes where it has no splits; its queries lie D elements apart.
     """
+    split = launch.arguments
     if not split["SPLIT"]:
-        return []
+        return [launch]
     stats = split.get("stats_ptr")
     rows, columns = split.get("BLOCK_Q", 1), split.get("SLICE", split["D"])
     arguments = {
@@ -280,12 +254,12 @@ def _reduction(
         "lse_ptr": None if stats is None else split["lse_ptr"],
         "slot_ptr": None if stats is None else split["slot_ptr"],
         "splits": split["splits"],
-        "num_queries": num_queries,
-        "first_query": first_query,
+        "num_queries": split.get("num_queries", 1),
+        "first_query": split.get("first_query", 0),
         "q_blocks": q_blocks,
-        "slices": slices,
+        "slices": split.get("slices", 1),
         "stride_ob": stride_ob,
-        "last_row": last_row,
+        "last_row": split.get("last_row", 0),
         "D": split["D"],
         "WIDTH": split["D0"] + split["D1"],
         "SLICE": columns,
@@ -295,5 +269,5 @@ def _reduction(
         "MOST_SPLITS": MAX_SPLITS,
         "ALIGN": split["ALIGN"],
     }
-    grid = batch * q_blocks * slices * rows * -(-columns // BLOCK_D)
-    return [Launch(memory_recall_reduce_kernel, grid, arguments, REDUCE_WARPS)]
+    units = launch.grid // split["splits"]
+    return [launch, Launch(memory_recall_reduce_kernel, units * rows * -(-columns // BLOCK_D), arguments, REDUCE_WARPS)]
