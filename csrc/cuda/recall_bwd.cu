@@ -239,20 +239,19 @@ __global__ void __launch_bounds__(max_threads(kQueries), 1) memory_recall_bwd_ke
 template <typename T>
 __global__ void __launch_bounds__(kReduceWarps* kWarp) memory_recall_reduce_bwd_kernel(const RecallBackward p) {
   const RecallPlan& plan = p.plan;
-  const Reduction at = this_reduction(plan);
+  const Reduction at = this_reduction(p);
   if (at.row >= p.shape.queries) return;
-  const float* partials = p.workspace + at.unit * plan.unit_floats;
   float sum_p = 0.0f, sum_dp = 0.0f;
   for (int split = threadIdx.x % kWarp; split < plan.splits; split += kWarp) {
-    const Vector<float> stats = stats_of(plan, partials, split, at.query);
+    const Vector<float> stats = stats_of(plan, at, split);
     sum_p += stats.element[0];
     sum_dp += stats.element[1];
   }
   sum_p = lanes_sum<kWarp>(sum_p);
   sum_dp = lanes_sum<kWarp>(sum_dp);
-  const float dot = stats_of(plan, partials, 0, at.query).element[2];
+  const float dot = stats_of(plan, at, 0).element[2];
   const float error = share_of_o(p.softmax_scale, dot, sum_p, sum_dp);
-  Vector<float> d_query = reduce_columns(plan, partials, at, [](int) { return 1.0f; });
+  Vector<float> d_query = reduce_columns(plan, at, [](int) { return 1.0f; });
   const int column = column_at<T>(plan, at.position);
   if (threadIdx.x < kWarp && column < p.shape.dim) {
     const T* out = row_of<T>(p.recalled, at.batch, at.row) + column;
@@ -265,9 +264,8 @@ __global__ void __launch_bounds__(kReduceWarps* kWarp) memory_recall_reduce_bwd_
 template <typename T, int kQueries>
 const char* launch_backward(const RecallBackward& p, void* stream) {
   const size_t shared_bytes = BackwardShared<T, kQueries>::bytes(p.plan, p.shape.dim);
-  const char* error = launch(memory_recall_bwd_kernel<T, kQueries>, p.shape.batch * p.plan.splits, p.plan.threads,
-                             shared_bytes, p, stream);
-  return error || p.plan.splits == 1 ? error : launch_reduction(memory_recall_reduce_bwd_kernel<T>, p, stream);
+  return launch_both(memory_recall_bwd_kernel<T, kQueries>, memory_recall_reduce_bwd_kernel<T>,
+                     p.shape.batch * p.plan.splits, shared_bytes, p, stream);
 }
 
 }  // namespace

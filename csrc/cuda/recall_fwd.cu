@@ -173,14 +173,13 @@ __global__ void __launch_bounds__(max_threads(kQueries), 1) memory_recall_fwd_ke
 template <typename T>
 __global__ void __launch_bounds__(kReduceWarps* kWarp) memory_recall_reduce_fwd_kernel(const RecallForward p) {
   const RecallPlan& plan = p.plan;
-  const Reduction at = this_reduction(plan);
+  const Reduction at = this_reduction(p);
   if (at.row >= p.shape.queries) return;
-  const float* partials = p.workspace + at.unit * plan.unit_floats;
   const int lane = threadIdx.x % kWarp;
   float best = -INFINITY, sum = 0.0f;
   int slot = -1;
   for (int split = lane; split < plan.splits; split += kWarp) {
-    const Vector<float> stats = stats_of(plan, partials, split, at.query);
+    const Vector<float> stats = stats_of(plan, at, split);
     if (stats.element[0] > best) {
       best = stats.element[0];
       slot = __float_as_int(stats.element[2]);
@@ -191,14 +190,13 @@ __global__ void __launch_bounds__(kReduceWarps* kWarp) memory_recall_reduce_fwd_
     return stats.element[0] == -INFINITY ? 0.0f : expf(stats.element[0] - max);
   };
   for (int split = lane; split < plan.splits; split += kWarp) {
-    const Vector<float> stats = stats_of(plan, partials, split, at.query);
+    const Vector<float> stats = stats_of(plan, at, split);
     sum += weight(stats) * stats.element[1];
   }
   sum = lanes_sum<kWarp>(sum);
   lanes_strongest<kWarp>(best, slot);
 
-  Vector<float> out =
-      reduce_columns(plan, partials, at, [&](int split) { return weight(stats_of(plan, partials, split, at.query)); });
+  Vector<float> out = reduce_columns(plan, at, [&](int split) { return weight(stats_of(plan, at, split)); });
   const int column = column_at<T>(plan, at.position);
   const bool empty = slot < 0 && sum == 0.0f;
   const float factor = empty ? 0.0f : 1.0f / sum;
@@ -217,9 +215,8 @@ __global__ void __launch_bounds__(kReduceWarps* kWarp) memory_recall_reduce_fwd_
 template <typename T, int kQueries>
 const char* launch_forward(const RecallForward& p, void* stream) {
   const size_t shared_bytes = ForwardShared<T, kQueries>::bytes(p.plan, p.shape.dim);
-  const char* error = launch(memory_recall_fwd_kernel<T, kQueries>, p.plan.units * p.plan.splits, p.plan.threads,
-                             shared_bytes, p, stream);
-  return error || p.plan.splits == 1 ? error : launch_reduction(memory_recall_reduce_fwd_kernel<T>, p, stream);
+  return launch_both(memory_recall_fwd_kernel<T, kQueries>, memory_recall_reduce_fwd_kernel<T>,
+                     p.plan.units * p.plan.splits, shared_bytes, p, stream);
 }
 
 }  // namespace

@@ -11,18 +11,22 @@ constexpr int kReduceWarps = 8;  // of a block; each adds up every eighth split
 
 // What a block of the reduction works on.
 struct Reduction {
-  int64_t unit, batch;
+  const float* partials;  // of its unit
+  int64_t batch;
   int query, row;  // in its group, and of the tensor
   int chunk;
   int position;  // of this lane's four columns in a partial result
 };
 
-__device__ __forceinline__ Reduction this_reduction(const RecallPlan& plan) {
+template <typename Params>
+__device__ __forceinline__ Reduction this_reduction(const Params& p) {
+  const RecallPlan& plan = p.plan;
   const int chunks = plan.reduce_chunks, chunk = static_cast<int>(blockIdx.x % chunks);
   const int64_t unit = blockIdx.x / chunks / plan.group_size;
   const int query = static_cast<int>(blockIdx.x / chunks % plan.group_size);
   const int row = static_cast<int>(unit % plan.groups) * plan.group_size + query;
-  return {unit, unit / plan.groups, query, row, chunk, chunk * kWarp + static_cast<int>(threadIdx.x % kWarp)};
+  const int position = chunk * kWarp + static_cast<int>(threadIdx.x % kWarp);
+  return {p.workspace + unit * plan.unit_floats, unit / plan.groups, query, row, chunk, position};
 }
 
 // The first of the four columns at a position: the inverse of store_partial.
@@ -32,20 +36,20 @@ __device__ __forceinline__ int column_at(const RecallPlan& plan, int position) {
   return (first / Vector<T>::kSize * plan.threads + thread) * Vector<T>::kSize + first % Vector<T>::kSize;
 }
 
-__device__ __forceinline__ Vector<float> stats_of(const RecallPlan& plan, const float* partials, int split, int query) {
-  return load_vector(partial_of(plan, partials, split, query) + kColumns * plan.threads);
+__device__ __forceinline__ Vector<float> stats_of(const RecallPlan& plan, const Reduction& at, int split) {
+  return load_vector(partial_of(plan, at.partials, split, at.query) + kColumns * plan.threads);
 }
 
 // The sum over splits of weight(split) times this lane's four columns; complete in the first warp.
 template <typename Weight>
-__device__ __forceinline__ Vector<float> reduce_columns(const RecallPlan& plan, const float* partials,
-                                                        const Reduction& at, Weight weight) {
+__device__ __forceinline__ Vector<float> reduce_columns(const RecallPlan& plan, const Reduction& at, Weight weight) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   Vector<float> sum = {};
 #pragma unroll 4
   for (int split = warp; split < plan.splits; split += kReduceWarps) {
     const float factor = weight(split);
-    const Vector<float> part = load_vector(partial_of(plan, partials, split, at.query) + at.position * kReduceColumns);
+    const Vector<float> part =
+        load_vector(partial_of(plan, at.partials, split, at.query) + at.position * kReduceColumns);
 #pragma unroll
     for (int i = 0; i < kReduceColumns; ++i) sum.element[i] += factor * part.element[i];
   }
@@ -73,11 +77,15 @@ __device__ __forceinline__ void store_four(T* pointer, const Vector<float>& x) {
   *reinterpret_cast<Four<T>*>(pointer) = four;
 }
 
+// The first launch and, where it has splits, the second.
 template <typename Params>
-const char* launch_reduction(void (*kernel)(Params), const Params& p, void* stream) {
-  const int64_t blocks = p.plan.units * p.plan.group_size * p.plan.reduce_chunks;
-  const size_t shared_bytes = kReduceWarps * kWarp * kReduceColumns * sizeof(float);
-  return launch(kernel, blocks, kReduceWarps * kWarp, shared_bytes, p, stream);
+const char* launch_both(void (*kernel)(Params), void (*reduction)(Params), int64_t blocks, size_t shared_bytes,
+                        const Params& p, void* stream) {
+  const char* error = launch(kernel, blocks, p.plan.threads, shared_bytes, p, stream);
+  if (error || p.plan.splits == 1) return error;
+  const int64_t reductions = p.plan.units * p.plan.group_size * p.plan.reduce_chunks;
+  const size_t sums_bytes = kReduceWarps * kWarp * kReduceColumns * sizeof(float);
+  return launch(reduction, reductions, kReduceWarps * kWarp, sums_bytes, p, stream);
 }
 
 }  // namespace hmt::cuda

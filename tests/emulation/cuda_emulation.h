@@ -7,7 +7,7 @@
 //   - shared memory holds NaN at first, has exactly the size that was asked for, and may not be declared statically;
 //   - an asynchronous copy makes its target NaN at once and lands at the wait for its group;
 //   - a barrier or a shuffle that some thread of the block or warp never reaches is reported with the wait that hangs.
-// Not modelled: the memory order between blocks beyond the acquire and release of atomics (__threadfence does nothing).
+// Not modelled: atomics, and any order between the blocks of a launch.
 #pragma once
 
 #include <cmath>
@@ -295,8 +295,6 @@ inline void __syncthreads() {
   emulation::wait_at(emulation::current_thread->block->barrier, "__syncthreads");
 }
 
-inline void __threadfence() {}
-
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int lane) {
   return emulation::shuffle(mask, value, static_cast<unsigned>(lane));
@@ -305,19 +303,6 @@ T __shfl_sync(unsigned mask, T value, int lane) {
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return emulation::shuffle(mask, value, emulation::current_thread->index.x % 32 ^ static_cast<unsigned>(bits));
-}
-
-inline unsigned atomicInc(unsigned* address, unsigned limit) {
-  unsigned old = __atomic_load_n(address, __ATOMIC_RELAXED), next;
-  do {
-    next = old >= limit ? 0 : old + 1;
-  } while (!__atomic_compare_exchange_n(address, &old, next, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
-  return old;
-}
-
-template <typename T>
-T __ldcg(const T* address) {
-  return *address;
 }
 
 namespace hmt::cuda {

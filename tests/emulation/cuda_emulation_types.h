@@ -13,10 +13,6 @@ struct alignas(8) float2 {
   float x, y;
 };
 
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-
 struct __half {
   uint16_t bits;
 };
