@@ -147,6 +147,10 @@ def _slow_compiling() -> str | None:
     return peer.missing() and "torch.compile takes minutes: measured together with HMT-pytorch"
 
 
+def _takes_long() -> str | None:
+    return None if DEVICE == "cuda" else peer.missing() and "takes a minute: measured together with HMT-pytorch"
+
+
 register("model", OURS, _ours)
 register("model", BFLOAT16, lambda **settings: _ours(dtype=torch.bfloat16, **settings), _slow_bfloat16)
 for name, captured in (
@@ -156,7 +160,7 @@ for name, captured in (
 ):
     register("model", name, captured, lambda: None if DEVICE == "cuda" else "PyTorch sees no CUDA device")
 register("model", COMPILED, partial(_ours, compile_layers=True), _slow_compiling)
-register("model", KEPT, lambda **settings: _ours(rematerialize=False, **settings))
+register("model", KEPT, lambda **settings: _ours(rematerialize=False, **settings), _takes_long)
 register("model", PLAIN, lambda **settings: _plain_loop(plain_loop.read, **settings))
 register("model", DROPPED, lambda **settings: _plain_loop(plain_loop.read_dropping_outputs, **settings), peer.missing)
 register("model", PEER, _hmt_pytorch, peer.missing)
