@@ -144,11 +144,15 @@ def _slow_bfloat16() -> str | None:
 def _slow_compiling() -> str | None:
     if DEVICE == "cpu" and not shutil.which("c++"):
         return "torch.compile finds no C++ compiler"
-    return peer.missing() and "torch.compile takes minutes: measured together with HMT-pytorch"
+    return _only_with_peer("torch.compile takes minutes")
 
 
-def _takes_long() -> str | None:
-    return None if DEVICE == "cuda" else peer.missing() and "takes a minute: measured together with HMT-pytorch"
+def _slow_keeping() -> str | None:
+    return None if DEVICE == "cuda" else _only_with_peer("takes a minute")
+
+
+def _only_with_peer(why: str) -> str | None:
+    return peer.missing() and f"{why}: measured together with HMT-pytorch"
 
 
 register("model", OURS, _ours)
@@ -160,7 +164,7 @@ for name, captured in (
 ):
     register("model", name, captured, lambda: None if DEVICE == "cuda" else "PyTorch sees no CUDA device")
 register("model", COMPILED, partial(_ours, compile_layers=True), _slow_compiling)
-register("model", KEPT, lambda **settings: _ours(rematerialize=False, **settings), _takes_long)
+register("model", KEPT, lambda **settings: _ours(rematerialize=False, **settings), _slow_keeping)
 register("model", PLAIN, lambda **settings: _plain_loop(plain_loop.read, **settings))
 register("model", DROPPED, lambda **settings: _plain_loop(plain_loop.read_dropping_outputs, **settings), peer.missing)
 register("model", PEER, _hmt_pytorch, peer.missing)
