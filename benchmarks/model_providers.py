@@ -8,14 +8,16 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import peer, plain_loop, providers
+from benchmarks import allocators, peer, plain_loop, providers
+from benchmarks.allocators import MIMALLOC
 from benchmarks.model_shape import SEGMENT_LENGTH, build, text
 from benchmarks.processes import held_memory, own_process, peak_memory
 from benchmarks.providers import register
@@ -30,7 +32,10 @@ COMPILED = f"{OURS}, compile_layers=True"
 CHECKPOINTED = f"{GRAPHS}, checkpointed layers"
 KEPT = f"{OURS}, rematerialize=False"
 PLAIN, DROPPED, PEER = "plain loop", "plain loop, outputs dropped", "HMT-pytorch"
-READ_ONLY, TRAIN_ONLY = (BFLOAT16, DROPPED), (KEPT, CHECKPOINTED)
+# a name, and what it is with mimalloc preloaded
+PRELOADED = {name: f"{name}, {MIMALLOC}" for name in (OURS, BFLOAT16, PLAIN)}
+READ_ONLY = (BFLOAT16, PRELOADED[BFLOAT16], DROPPED)
+TRAIN_ONLY = (PRELOADED[OURS], PRELOADED[PLAIN], KEPT, CHECKPOINTED)
 # as slow as the plain loop: of interest for its memory
 MEMORY_ONLY = (DROPPED,)
 # Per workload a function of token ids [1, T]. It returns "memories" [1, S, d] and, for "score", the "loss"; "train" the
@@ -45,25 +50,45 @@ class Measured(NamedTuple):
     result: dict[str, Any]  # arrays of NumPy: tensors would travel as open files
 
 
-Run = Callable[[str, int], Measured]
+Run = Callable[[str, int], Measured]  # of a workload and so many segments
+
+
+class Started(NamedTuple):
+    ready: Future[None]  # built, and run once on a short text
+    run: Run
 
 
 @contextlib.contextmanager
 def started(
-    name: str, environment: Mapping[str, str] | None = None, length: int = SEGMENT_LENGTH, **settings: Any
-) -> Iterator[Run]:
-    """Yields run(workload, segments) of a provider in a process of its own, run once on a short text."""
-    with own_process(environment) as call:
-        call(_build, name, length, settings)
-        yield lambda workload, segments: call(_measure, workload, segments)
+    name: str, length: int = SEGMENT_LENGTH, allocator: str | None = None, **settings: Any
+) -> Iterator[Started]:
+    """A provider in a process of its own; see `when_ready` for several."""
+    allocator = allocator or (MIMALLOC if name in PRELOADED.values() else "malloc")
+    with own_process(allocators.environment(allocator)) as submit:
+        ready = submit(_build, name, length, allocator, settings)
+
+        def run(workload: str, segments: int) -> Measured:
+            ready.result()
+            return submit(_measure, workload, segments).result()
+
+        yield Started(ready, run)
+
+
+def when_ready(processes: Iterable[Started]) -> list[Run]:
+    """What runs each of them, once all are built: one that still starts would slow those that are measured."""
+    begun = list(processes)
+    for process in begun:
+        process.ready.result()
+    return [process.run for process in begun]
 
 
 _runners: Runners = {}
 _length = SEGMENT_LENGTH
 
 
-def _build(name: str, length: int, settings: dict[str, Any]) -> None:
+def _build(name: str, length: int, allocator: str, settings: dict[str, Any]) -> None:
     global _runners, _length
+    allocators.check(allocator)
     _length = length
     _runners = providers.get("model", name).make(segment_length=length, **settings)
     with torch.no_grad():
@@ -141,6 +166,10 @@ def _slow_bfloat16() -> str | None:
     return None if has else "this processor has no instructions for bfloat16"
 
 
+def _no_mimalloc() -> str | None:
+    return "CUDA has another allocator" if DEVICE == "cuda" else allocators.missing()
+
+
 def _slow_compiling() -> str | None:
     if DEVICE == "cpu" and not shutil.which("c++"):
         return "torch.compile finds no C++ compiler"
@@ -155,8 +184,13 @@ def _only_with_peer(why: str) -> str | None:
     return peer.missing() and f"{why}: measured together with HMT-pytorch"
 
 
+_ours_in_bfloat16 = partial(_ours, dtype=torch.bfloat16)
+_plain = partial(_plain_loop, plain_loop.read)
+
 register("model", OURS, _ours)
-register("model", BFLOAT16, lambda **settings: _ours(dtype=torch.bfloat16, **settings), _slow_bfloat16)
+register("model", PRELOADED[OURS], _ours, _no_mimalloc)
+register("model", BFLOAT16, _ours_in_bfloat16, _slow_bfloat16)
+register("model", PRELOADED[BFLOAT16], _ours_in_bfloat16, lambda: _slow_bfloat16() or _no_mimalloc())
 for name, captured in (
     (GRAPHS, partial(_ours, cuda_graphs=True)),
     (NO_GRAPHS, partial(_ours, cuda_graphs=False)),
@@ -164,7 +198,8 @@ for name, captured in (
 ):
     register("model", name, captured, lambda: None if DEVICE == "cuda" else "PyTorch sees no CUDA device")
 register("model", COMPILED, partial(_ours, compile_layers=True), _slow_compiling)
-register("model", KEPT, lambda **settings: _ours(rematerialize=False, **settings), _slow_keeping)
-register("model", PLAIN, lambda **settings: _plain_loop(plain_loop.read, **settings))
-register("model", DROPPED, lambda **settings: _plain_loop(plain_loop.read_dropping_outputs, **settings), peer.missing)
+register("model", KEPT, partial(_ours, rematerialize=False), _slow_keeping)
+register("model", PLAIN, _plain)
+register("model", PRELOADED[PLAIN], _plain, _no_mimalloc)
+register("model", DROPPED, partial(_plain_loop, plain_loop.read_dropping_outputs), peer.missing)
 register("model", PEER, _hmt_pytorch, peer.missing)

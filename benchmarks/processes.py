@@ -7,7 +7,7 @@ import ctypes
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,12 +20,15 @@ PROCESS = Path("/proc/self")
 
 
 @contextlib.contextmanager
-def own_process(environment: Mapping[str, str] | None = None) -> Iterator[Callable[..., Any]]:
-    """Yields call(function, *args): runs it in one fresh interpreter, which lives as long as the context."""
-    spawn = multiprocessing.get_context("spawn")
-    with mock.patch.dict(os.environ, environment or {}), ProcessPoolExecutor(1, spawn) as pool:
-        pool.submit(torch.set_num_threads, THREADS).result()
-        yield lambda function, *args: pool.submit(function, *args).result()
+def own_process(environment: Mapping[str, str] | None = None) -> Iterator[Callable[..., Future[Any]]]:
+    """Yields submit(function, *args): runs it in one fresh interpreter, which lives as long as the context.
+
+    Nothing is waited for here, so that several processes start at once.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with mock.patch.dict(os.environ, environment or {}):  # the first call starts the process
+            pool.submit(torch.set_num_threads, THREADS)
+        yield pool.submit
 
 
 def peak_unavailable() -> str | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks import allocators
+from benchmarks.allocators import MIMALLOC
 from benchmarks.model_providers import OURS, READ_ONLY, started
 from benchmarks.model_rounds import memory_rows, named, time_rows, timed_rounds
 from benchmarks.model_shape import SEGMENT_LENGTH
@@ -14,8 +16,7 @@ from benchmarks.sizes import DEVICE, size
 ROUNDS = 2
 TIME_GOAL = 1.3
 MEMORY_GOAL = 3.0
-# glibc then maps every larger block by itself: what is freed leaves no holes in the heap
-ALLOCATORS = {"malloc": {}, "malloc, MALLOC_MMAP_THRESHOLD_=131072": {"MALLOC_MMAP_THRESHOLD_": "131072"}}
+ALLOCATORS = ("malloc", MIMALLOC)
 # short segments; `make bench-slow` measures whole ones
 DEPTHS, DEPTH_LENGTH = (4, 16), size(64, tiny=8)
 LONG_DEPTHS, LONG_LIMIT = size((4, 16, 32), tiny=(2, 4)), 6 * 2**10
@@ -29,36 +30,35 @@ def test_training(benchmark, rows, absent):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="CUDA has another allocator")
-def test_peak_memory_by_depth(benchmark, rows, absent):
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_peak_memory_by_depth(allocator, benchmark, rows, absent):
     """The ratio is to the fewest segments: how much more it takes to train at this depth."""
-    if reason := peak_unavailable():
-        absent["training depth"] = reason
-        pytest.skip(reason)
-    depth_rows("malloc", DEPTHS, DEPTH_LENGTH, benchmark, rows)
+    depth_rows(allocator, DEPTHS, DEPTH_LENGTH, benchmark, rows, absent)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(DEVICE == "cuda", reason="CUDA has another allocator")
 @pytest.mark.parametrize("allocator", ALLOCATORS)
-@pytest.mark.parametrize(("depths", "length"), [(DEPTHS, DEPTH_LENGTH), (LONG_DEPTHS, SEGMENT_LENGTH)], ids=str)
-def test_peak_memory_of_long_trainings(depths, length, allocator, benchmark, rows, absent):
+def test_peak_memory_of_long_trainings(allocator, benchmark, rows, absent):
     """Of segments of full length, 32 are to fit in 6 GB."""
-    if reason := peak_unavailable():
-        absent["training depth"] = reason
+    depth_rows(allocator, LONG_DEPTHS, SEGMENT_LENGTH, benchmark, rows, absent)
+
+
+def depth_rows(allocator, depths, length, benchmark, rows, absent):
+    name = f"{OURS}, {allocator}"
+    if reason := peak_unavailable() or (allocators.missing() if allocator == MIMALLOC else None):
+        absent[f"training depth, {name}"] = reason
         pytest.skip(reason)
-    depth_rows(allocator, depths, length, benchmark, rows)
-
-
-def depth_rows(allocator, depths, length, benchmark, rows):
     measured = {}
 
     def all_depths():
         for segments in depths:
-            with started(OURS, ALLOCATORS[allocator], length) as run:
-                measured[segments] = run("train", segments)
+            with started(OURS, length, allocator) as process:
+                measured[segments] = process.run("train", segments)
 
     benchmark.pedantic(all_depths, rounds=1)
     for segments, of in measured.items():
-        workload, name = named("train", segments, length), f"{OURS}, {allocator}"
+        workload = named("train", segments, length)
         ratio, fewest = of.extra_peak / measured[depths[0]].extra_peak, f"{depths[0]} segments"
         goal = "<= 1.05" if segments == 16 else ""
         extra = [of.extra_peak / 2**20]

@@ -10,7 +10,7 @@ import contextlib
 from typing import Any
 
 from benchmarks import results
-from benchmarks.model_providers import OURS, started
+from benchmarks.model_providers import OURS, started, when_ready
 from benchmarks.model_rounds import named
 from benchmarks.model_shape import SEGMENTS
 from benchmarks.sizes import DEVICE
@@ -26,7 +26,7 @@ def measure(workload: str) -> list[results.Row]:
     """A row of time and one of extra peak memory, that of the first round, per setting."""
     rounds: list[list[Any]] = [[] for _ in SETTINGS[workload]]
     with contextlib.ExitStack() as processes:
-        runs = [processes.enter_context(started(OURS, **setting)) for setting in SETTINGS[workload]]
+        runs = when_ready([processes.enter_context(started(OURS, **setting)) for setting in SETTINGS[workload]])
         for _ in range(1 + ROUNDS):
             for run, measured in zip(runs, rounds, strict=True):
                 measured.append(run(workload, SEGMENTS))

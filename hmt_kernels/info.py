@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import platform
+from pathlib import Path
 
 import torch
 
@@ -51,6 +52,16 @@ def devices() -> list[str]:
     return found
 
 
+def allocator(maps: Path = Path("/proc/self/maps")) -> str:
+    """What allocates memory on the CPU: tcmalloc, jemalloc or mimalloc where it is loaded, else the C library."""
+    try:
+        mapped = maps.read_text()
+    except OSError:  # not Linux
+        return "unknown"
+    loaded = [name for name in ("tcmalloc", "jemalloc", "mimalloc") if f"/lib{name}" in mapped]
+    return loaded[0] if loaded else " ".join(platform.libc_ver()).strip() or "unknown"
+
+
 def native_module() -> str:
     """What the native module holds, or why it is not there."""
     try:
@@ -72,6 +83,7 @@ def report() -> str:
         *((name, version(name)) for name in ("torch", "triton", "transformers")),
         ("CUDA", cuda()),
         *(("device", device) for device in devices()),
+        ("allocator", allocator()),
         ("native module", native_module()),
     ]
     lines = [f"{name:{WIDTH}}{value}" for name, value in rows]

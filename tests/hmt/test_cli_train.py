@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import logging as transformers_logging
 from transformers import modeling_utils
 
-from hmt import capture, compiled_layers
+from hmt import capture, cli_train, compiled_layers
 from hmt.adapters import FILE
 from hmt.cli import main
 from hmt.layer_graphs import LayerGraph
@@ -157,3 +157,12 @@ def test_help(capsys) -> None:
         main(["train", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
     assert "usage: hmt train" in printed and "recipe:NAME with NAME one of wikitext-103, pg19, pubmedqa" in printed
+
+
+@pytest.mark.parametrize(("allocator", "noted"), [("glibc 2.36", True), ("mimalloc", False)])
+def test_says_which_allocator_takes_less_memory(allocator, noted, model_dir, texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli_train, "allocator", lambda: allocator)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    command = ["train", str(texts), "--model", str(model_dir), "--output", str(tmp_path / "out"), *SMALL]
+    assert main([*command, "--stage", "1:2:rmt"]) == 0
+    assert (cli_train.ALLOCATOR_NOTE in capsys.readouterr().err) == noted

@@ -32,7 +32,8 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("drivers")
 
 
-@pytest.mark.parametrize("kind, seeds", [("plain", 100), ("address-undefined", 5), ("thread", 2)])
+# a race shows in any order; threads are as slow as all else here together
+@pytest.mark.parametrize("kind, seeds", [("plain", 100), ("address-undefined", 5), ("thread", 1)])
 def test_no_report_and_one_result_in_every_order(kind, seeds, folder):
     result = build.run_driver(build.build_driver(folder, kind), str(seeds))
     assert result.returncode == 0, result.stdout + result.stderr[:5000]

@@ -39,6 +39,22 @@ def test_lists_every_implementation_with_its_reason(op_name, monkeypatch):
     assert [line.split(maxsplit=1)[1] for line in table if line.split()[0] == "cuda"] == ["not usable: it rains"]
 
 
+@pytest.mark.parametrize("name", ["tcmalloc", "jemalloc", "mimalloc"])
+def test_names_an_allocator_that_is_loaded(name, tmp_path):
+    maps = tmp_path / "maps"
+    maps.write_text(f"7f00-7f01 r-xp 00000000 08:01 42   /usr/lib/x86_64-linux-gnu/lib{name}_minimal.so.4.5.10\n")
+    assert info.allocator(maps) == name
+
+
+def test_names_the_c_library_where_no_allocator_is_loaded(tmp_path, monkeypatch):
+    maps = tmp_path / "maps"
+    assert info.allocator(maps) == "unknown"
+    maps.write_text("7f00-7f01 r-xp 00000000 08:01 42   /usr/lib/x86_64-linux-gnu/libc.so.6\n")
+    monkeypatch.setattr(info.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    assert info.allocator(maps) == "glibc 2.36"
+    assert f"allocator     {info.allocator()}" in info.report().splitlines()
+
+
 def test_says_when_a_package_is_not_installed():
     assert info.version("no-such-package") == "not installed"
     assert info.version("torch") == torch.__version__
