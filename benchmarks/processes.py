@@ -54,8 +54,10 @@ def held_memory() -> int:
     if peak_unavailable():
         return 0
     # the heap keeps what was freed; counted as held, it would hide that much of the peak
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
+    allocator = ctypes.CDLL(None)
+    for give_back, argument in (("malloc_trim", 0), ("mi_collect", 1)):  # glibc's; mimalloc's, where it is preloaded
+        if hasattr(allocator, give_back):
+            getattr(allocator, give_back)(argument)
     (PROCESS / "clear_refs").write_text("5")  # restarts VmHWM, the high-water mark
     return status("VmRSS")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import parts, results, run
+from benchmarks import allocators, parts, results, run
 
 ROOT = Path(__file__).parents[2]
 # file, selected tests, and (workload, metric, provider) that must be among the rows
@@ -68,3 +68,13 @@ def test_a_suite_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, caps
     assert "gpu model not run: PyTorch sees no CUDA device" in printed
     assert "peer training not run: HMT_PYTORCH" in printed
     assert printed.count("==== a table") == len(run.SUITES) - 3
+
+
+def test_a_library_that_is_not_preloaded_is_noticed(monkeypatch):
+    monkeypatch.setattr(allocators, "find_library", lambda name: f"lib{name}.so.2")
+    assert allocators.environment("mimalloc") == {"LD_PRELOAD": "libmimalloc.so.2"}
+    assert allocators.environment("malloc") == {}
+    monkeypatch.setattr(allocators, "allocator", lambda: "glibc 2.36")
+    allocators.check("malloc")
+    with pytest.raises(RuntimeError, match=r"mimalloc was not preloaded: this process allocates with glibc 2\.36"):
+        allocators.check("mimalloc")
