@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -21,7 +22,11 @@ KERNELS = (*RECALL_KERNELS, "attention_rotate.cu", "attention_fwd.cu", "attentio
 BINDINGS = ("bindings_cuda.cpp", "bindings_attention.cpp")
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or "c++"
 
-COMMON = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DHMT_CUDA_EMULATION", f"-I{HERE}"]
+# products and sums are not fused where only some of the builds below would
+COMMON = [
+    "-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DHMT_CUDA_EMULATION",
+    f"-I{HERE}",
+]  # fmt: skip
 FLAGS = {
     "plain": ["-O1"],
     # every report ends the program
@@ -73,6 +78,11 @@ def run_driver(driver: Path, *arguments: str, timeout: float = 300) -> subproces
     return subprocess.run(
         [str(driver), *arguments], capture_output=True, text=True, timeout=timeout, env=os.environ | options
     )
+
+
+def bits_of(result: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """By case, a digest of the results that all orders of a driver agreed on."""
+    return dict(re.findall(r"case (\S+): \d+ orders agree on (\w+)", result.stdout))
 
 
 def _build(folder: Path, name: str, sources: dict[Path, list[str]], link_flags: list[str], headers: Path) -> Path:

@@ -51,11 +51,19 @@ def replace(file, taken_out, replacement=""):
     file.write_text(text.replace(taken_out, replacement, 1))
 
 
+@pytest.fixture(scope="module")
+def bits(sources, tmp_path_factory):
+    """Of the plain build in its first order."""
+    driver = build.build_attention_driver(tmp_path_factory.mktemp("plain"), "plain", sources)
+    return build.bits_of(build.run_driver(driver, "1"))
+
+
 @pytest.mark.parametrize("kind, seeds", [("plain", 10), ("address-undefined", 2), ("thread", 1)])
-def test_no_report_and_one_result_in_every_order(kind, seeds, sources, tmp_path):
+def test_no_report_and_one_result_in_every_order(kind, seeds, sources, bits, tmp_path):
     result = build.run_driver(build.build_attention_driver(tmp_path, kind, sources), str(seeds))
     assert result.returncode == 0, result.stdout + result.stderr[:5000]
     assert result.stdout.count(f"{seeds} orders agree") == 4
+    assert len(bits) == 4 and build.bits_of(result) == bits
     assert "ERROR" not in result.stderr and "runtime error" not in result.stderr and "data race" not in result.stderr
 
 

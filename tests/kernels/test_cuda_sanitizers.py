@@ -32,12 +32,19 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("drivers")
 
 
-# a race shows in any order; threads are as slow as all else here together
+@pytest.fixture(scope="module")
+def bits(folder):
+    """Of the plain build in its first order."""
+    return build.bits_of(build.run_driver(build.build_driver(folder, "plain"), "1"))
+
+
+# threads are as slow as all else here together: their one order is compared with those of fibers
 @pytest.mark.parametrize("kind, seeds", [("plain", 100), ("address-undefined", 5), ("thread", 1)])
-def test_no_report_and_one_result_in_every_order(kind, seeds, folder):
+def test_no_report_and_one_result_in_every_order(kind, seeds, folder, bits):
     result = build.run_driver(build.build_driver(folder, kind), str(seeds))
     assert result.returncode == 0, result.stdout + result.stderr[:5000]
     assert result.stdout.count(f"{seeds} orders agree") == 5
+    assert len(bits) == 5 and build.bits_of(result) == bits
     assert "ERROR" not in result.stderr and "runtime error" not in result.stderr and "data race" not in result.stderr
 
 
