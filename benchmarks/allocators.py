@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from ctypes.util import find_library
 
+from benchmarks.sizes import DEVICE
 from hmt_kernels.info import allocator
 
 MIMALLOC = "mimalloc"
 
 
-def missing() -> str | None:
-    """Why no process can have it here (None: it can)."""
-    return None if find_library(MIMALLOC) else "libmimalloc is not installed"
+def missing(name: str) -> str | None:
+    """Why no process is measured with the allocator of this name here (None: it is)."""
+    if DEVICE == "cuda":
+        return "CUDA has another allocator"
+    return "libmimalloc is not installed" if name == MIMALLOC and not find_library(MIMALLOC) else None
 
 
 def environment(name: str) -> dict[str, str]:

@@ -166,10 +166,6 @@ def _slow_bfloat16() -> str | None:
     return None if has else "this processor has no instructions for bfloat16"
 
 
-def _no_mimalloc() -> str | None:
-    return "CUDA has another allocator" if DEVICE == "cuda" else allocators.missing()
-
-
 def _slow_compiling() -> str | None:
     if DEVICE == "cpu" and not shutil.which("c++"):
         return "torch.compile finds no C++ compiler"
@@ -186,6 +182,7 @@ def _only_with_peer(why: str) -> str | None:
 
 _ours_in_bfloat16 = partial(_ours, dtype=torch.bfloat16)
 _plain = partial(_plain_loop, plain_loop.read)
+_no_mimalloc = partial(allocators.missing, MIMALLOC)
 
 register("model", OURS, _ours)
 register("model", PRELOADED[OURS], _ours, _no_mimalloc)

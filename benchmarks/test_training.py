@@ -11,7 +11,7 @@ from benchmarks.model_rounds import memory_rows, named, time_rows, timed_rounds
 from benchmarks.model_shape import SEGMENT_LENGTH
 from benchmarks.processes import peak_unavailable
 from benchmarks.results import row
-from benchmarks.sizes import DEVICE, size
+from benchmarks.sizes import size
 
 ROUNDS = 2
 TIME_GOAL = 1.3
@@ -29,7 +29,6 @@ def test_training(benchmark, rows, absent):
     rows += memory_rows("train", rounds, MEMORY_GOAL)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="CUDA has another allocator")
 @pytest.mark.parametrize("allocator", ALLOCATORS)
 def test_peak_memory_by_depth(allocator, benchmark, rows, absent):
     """The ratio is to the fewest segments: how much more it takes to train at this depth."""
@@ -37,7 +36,6 @@ def test_peak_memory_by_depth(allocator, benchmark, rows, absent):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(DEVICE == "cuda", reason="CUDA has another allocator")
 @pytest.mark.parametrize("allocator", ALLOCATORS)
 def test_peak_memory_of_long_trainings(allocator, benchmark, rows, absent):
     """Of segments of full length, 32 are to fit in 6 GB."""
@@ -46,7 +44,7 @@ def test_peak_memory_of_long_trainings(allocator, benchmark, rows, absent):
 
 def depth_rows(allocator, depths, length, benchmark, rows, absent):
     name = f"{OURS}, {allocator}"
-    if reason := peak_unavailable() or (allocators.missing() if allocator == MIMALLOC else None):
+    if reason := peak_unavailable() or allocators.missing(allocator):
         absent[f"training depth, {name}"] = reason
         pytest.skip(reason)
     measured = {}

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 RECIPE = "hmt_recipe.json"
 ALLOCATOR_NOTE = (
-    "Note: glibc's malloc leaves holes in memory; on a CPU, training takes about 0.6 times as much with mimalloc "
-    "(LD_PRELOAD=libmimalloc.so.2 hmt train ...; Debian's libmimalloc2.0). tcmalloc and jemalloc do as well."
+    "Note: glibc's malloc leaves holes in memory; on a CPU, training takes about 0.6 times as much beyond "
+    "the model with mimalloc (LD_PRELOAD=libmimalloc.so.2 hmt train ...; Debian's libmimalloc2.0)."
 )
 SCHEDULES = ("exponential", "linear", "cosine", "constant_with_warmup")
 DATA_HELP = (
