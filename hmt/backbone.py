@@ -115,15 +115,18 @@ def takes_spans(model: PreTrainedModel) -> bool:
     return model.config._attn_implementation == "hmt" and hasattr(model.base_model, "rotary_emb") and not windowed
 
 
-def apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits of hidden states, with the scale or soft cap that the backbone's own forward pass would apply."""
+def apply_head(model: PreTrainedModel, hidden: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Logits of hidden states, with the scale or soft cap that the backbone's own forward pass would apply.
+
+    `head` computes what the LM head would, with other tensors in place of its weights.
+    """
     model = unwrap(model)
     config = model.config
-    head = model.get_output_embeddings()
-    weight = getattr(head, "weight", hidden)
+    own = model.get_output_embeddings()
+    weight = getattr(own, "weight", hidden)
     if hidden.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16):
         hidden = hidden.to(weight.dtype)  # Mamba keeps what it adds up in float32
-    logits = head(hidden)
+    logits = (head or own)(hidden)
     if (scale := getattr(config, "logit_scale", None)) is not None:
         logits = logits * scale
     if (scale := getattr(config, "logits_scaling", None)) is not None:

@@ -1,15 +1,28 @@
-"""Cross entropy over a long text without ever holding all of its logits."""
+"""Cross entropy over a long text without ever holding all of its logits, nor computing any of them twice.
+
+Its gradient is formed along with it, while a chunk's logits are there: that of the hidden states waits for the backward
+pass, that of the head is added up over all segments. Where something on the head wants to see the backward pass itself
+(hooks, sharding, float16's loss scale), that recomputes each chunk's logits instead.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from hmt.backbone import apply_head
+from hmt.backbone import apply_head, unwrap
+from hmt.remat import offloaded
+from hmt_kernels.autocast import is_autocast_enabled
 
 IGNORE_INDEX = -100
 
@@ -19,22 +32,115 @@ def shift_left(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
-def _chunk_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> Tensor:
+class SummedCrossEntropy:
+    """Sum over positions of -log softmax(head(hidden))[label], with the logits of `chunk_size` positions at a time.
+
+    `add` segments, then take the `total` once. With `offload`, what waits for the backward pass does so in CPU memory.
+    """
+
+    def __init__(self, model: PreTrainedModel, chunk_size: int, *, offload: bool = False) -> None:
+        self.model, self.chunk_size, self.offload = model, chunk_size, offload
+        self.head: nn.Module = unwrap(model).get_output_embeddings()
+        # leaves of their own: no hook of a weight hears of a chunk's gradient
+        self._trained = {name: p for name, p in self.head.named_parameters() if p.requires_grad}
+        self._leaves: dict[str, Tensor] = {}
+        self._d_weights: dict[str, Tensor | None] = dict.fromkeys(self._trained)
+        self._total: Tensor | None = None
+
+    def add(self, hidden: Tensor, labels: Tensor) -> None:
+        """Add a segment: hidden states [B, T, d] and the labels [B, T] of the next tokens (-100: not counted)."""
+        hidden, labels = hidden.flatten(0, 1), labels.flatten().to(hidden.device)
+        if not torch.is_grad_enabled():
+            self._count(self._sum(partial(_chunk_loss, self.model, self.head), hidden, labels))
+        elif _gradient_can_be_formed(self.head, hidden):
+            loss, d_hidden = self._loss_and_gradient(hidden, labels)
+            with offloaded(self.offload):
+                self._count(_Known.apply(loss, [d_hidden], hidden))
+        else:
+            recomputed = partial(checkpoint, _chunk_loss, self.model, self.head, use_reentrant=False)
+            with offloaded(self.offload):
+                self._count(self._sum(recomputed, hidden, labels))
+
+    def total(self) -> Tensor:
+        """The sum, float32, of all that has been added."""
+        if self._total is None:
+            raise ValueError("nothing has been added to the loss")
+        if self._leaves:
+            gradients = list(self._d_weights.values())
+            self._count(_Known.apply(torch.zeros_like(self._total), gradients, *self._trained.values()))
+        return self._total
+
+    def _count(self, part: Tensor) -> None:
+        self._total = part if self._total is None else self._total + part
+
+    def _sum(self, loss_of: Callable[..., Tensor], hidden: Tensor, labels: Tensor) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for chunk in self._chunks(hidden, labels):
+            total = total + loss_of(*chunk)
+        return total
+
+    def _chunks(self, hidden: Tensor, labels: Tensor) -> Any:
+        return zip(hidden.split(self.chunk_size), labels.split(self.chunk_size), strict=True)
+
+    def _loss_and_gradient(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The loss of a segment and its gradient by the hidden states; those by the weights are added to their sums."""
+        self._leaves = self._leaves or {name: p.detach().requires_grad_() for name, p in self._trained.items()}
+        head = partial(functional_call, self.head, self._leaves)
+        by_hidden = hidden.requires_grad
+        total, d_hidden = hidden.new_zeros((), dtype=torch.float32), []
+        for rows, targets in self._chunks(hidden.detach(), labels):
+            inputs = [rows.requires_grad_(by_hidden)] if by_hidden else []
+            inputs += self._leaves.values()
+            # an outer checkpoint or offload has no business with what is gone at the end of the chunk
+            with saved_tensors_hooks(lambda x: x, lambda x: x):
+                loss = _chunk_loss(self.model, head, rows, targets)
+                found = list(torch.autograd.grad(loss, inputs, allow_unused=True)) if inputs else []
+            total += loss.detach()
+            if by_hidden:
+                d_hidden.append(found.pop(0))
+            for name, gradient in zip(self._leaves, found, strict=True):
+                seen = self._d_weights[name]
+                self._d_weights[name] = gradient if seen is None else seen.add_(gradient)
+        return total, torch.cat(d_hidden) if by_hidden else None
+
+
+def _chunk_loss(model: PreTrainedModel, head: Callable[..., Tensor], hidden: Tensor, labels: Tensor) -> Tensor:
     with record_function("hmt.head"):
-        logits = apply_head(model, hidden).float()
+        logits = apply_head(model, hidden, head).float()
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def summed_cross_entropy(model: PreTrainedModel, hidden: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
-    """Sum over positions of -log softmax(head(hidden))[label], with the logits of `chunk_size` positions at a time.
+class _Known(torch.autograd.Function):
+    """A value whose gradients by the inputs are already there."""
 
-    hidden [B, T, d], labels [B, T] (-100: not counted). The backward pass recomputes each chunk's logits.
-    """
-    hidden, labels = hidden.flatten(0, 1), labels.flatten().to(hidden.device)
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for rows, targets in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor | None], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, d_value: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            total = total + checkpoint(_chunk_loss, model, rows, targets, use_reentrant=False)
-        else:
-            total = total + _chunk_loss(model, rows, targets)
-    return total
+            raise RuntimeError("the gradient of hmt's loss cannot be differentiated again: leave create_graph out")
+        return None, None, *(None if g is None else g * d_value for g in ctx.saved_tensors)
+
+
+def _gradient_can_be_formed(head: nn.Module, hidden: Tensor) -> bool:
+    """Whether nothing needs to see the head's own backward pass, or to change its weights before each use."""
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if is_autocast_enabled(kind) else hidden.dtype
+    if dtype == torch.float16 or torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
+        return False
+    if torch.nn.modules.module._has_any_global_hook():
+        return False
+    if any(type(p) not in (Tensor, nn.Parameter) for p in head.parameters()):
+        return False
+    return not any(map(_is_hooked, head.modules()))
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    parts = vars(module)
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return "_hf_hook" in parts or any(parts[name] for name in hooks)

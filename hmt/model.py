@@ -16,11 +16,10 @@ from hmt.backbone import apply_head, check_backbone, patch_layers
 from hmt.config import HMTConfig
 from hmt.generation import HMTGenerationMixin
 from hmt.inputs import check_inputs, check_result, check_state, check_values
-from hmt.loss import IGNORE_INDEX, shift_left, summed_cross_entropy
+from hmt.loss import IGNORE_INDEX, SummedCrossEntropy, shift_left
 from hmt.outputs import HMTOutput, trace_of
 from hmt.passes import open_segment, read_segments
 from hmt.recall import MemoryRecall
-from hmt.remat import offloaded
 from hmt.serving import forward_rows
 from hmt.state import HMTState, empty_state
 from hmt.tokens import Tokens, join
@@ -176,27 +175,27 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
         first_logit = length if logits_to_keep is None else length - (logits_to_keep or length)
         state = self._state(state, input_ids)
 
-        total, kept, results, seen = None, [], [], 0
+        losses, kept, results, seen = None, [], [], 0
+        if shift_labels is not None:
+            offload = self.config.offload_states and self.config.rematerialize
+            losses = SummedCrossEntropy(self.backbone, self.config.loss_chunk_size, offload=offload)
         for result in read_segments(self, Tokens.of(input_ids, attention_mask), state, use_cache):
             if is_checking():
                 check_result(result)
             rows, state = result.hidden, result.state
             stop = seen + rows.shape[1]
-            if shift_labels is not None:
-                with offloaded(self.config.offload_states and self.config.rematerialize), record_function("hmt.loss"):
-                    part = summed_cross_entropy(
-                        self.backbone, rows, shift_labels[:, seen:stop], self.config.loss_chunk_size
-                    )
-                total = part if total is None else total + part
+            if losses is not None and shift_labels is not None:
+                with record_function("hmt.loss"):
+                    losses.add(rows, shift_labels[:, seen:stop])
             if stop > first_logit:
                 kept.append(rows[:, max(0, first_logit - seen) :])
             if output_trace:
                 results.append(result)
             seen = stop
         loss = None
-        if shift_labels is not None and total is not None:
+        if losses is not None and shift_labels is not None:
             counted = shift_labels.ne(IGNORE_INDEX).sum()
-            loss = total / (counted if num_items_in_batch is None else num_items_in_batch)
+            loss = losses.total() / (counted if num_items_in_batch is None else num_items_in_batch)
         logits: Tensor | None = None
         if kept:
             with record_function("hmt.head"):
