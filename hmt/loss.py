@@ -1,8 +1,8 @@
 """Cross entropy over a long text without ever holding all of its logits, nor computing any of them twice.
 
 Its gradient is formed along with it, while a chunk's logits are there: that of the hidden states waits for the backward
-pass, that of the head is added up over all segments. Where something on the head wants to see the backward pass itself
-(hooks, sharding, float16's loss scale), that recomputes each chunk's logits instead.
+pass, that of the head is added up over all segments. For a head that is more than a linear layer (LoRA, hooks) and in
+float16, where small gradients need the loss's scale, the backward pass computes each chunk's logits again instead.
 """
 
 from __future__ import annotations
@@ -126,21 +126,16 @@ class _Known(torch.autograd.Function):
 
 
 def _gradient_can_be_formed(head: nn.Module, hidden: Tensor) -> bool:
-    """Whether nothing needs to see the head's own backward pass, or to change its weights before each use."""
+    """Whether the head is what it seems, and nothing wants to see its backward pass or to change its weights before."""
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if is_autocast_enabled(kind) else hidden.dtype
-    if dtype == torch.float16 or torch.compiler.is_compiling():
+    if dtype == torch.float16 or torch.compiler.is_compiling() or torch.nn.modules.module._has_any_global_hook():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
         return False
-    if torch.nn.modules.module._has_any_global_hook():
-        return False
-    if any(type(p) not in (Tensor, nn.Parameter) for p in head.parameters()):
-        return False
-    return not any(map(_is_hooked, head.modules()))
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    parts = vars(module)
+    parts = vars(head)
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    return "_hf_hook" in parts or any(parts[name] for name in hooks)
+    if type(head) is not nn.Linear or "forward" in parts or any(parts[name] for name in hooks):
+        return False
+    # a replica of DataParallel holds its weight outside of its parameters
+    return "weight" in parts["_parameters"] and all(type(p) in (Tensor, nn.Parameter) for p in head.parameters())

@@ -79,8 +79,26 @@ def hooked(model: PreTrainedModel) -> None:
     model.lm_head.register_forward_hook(lambda module, args, out: ScaledGradient.apply(out))
 
 
-HEADS = [untied, with_bias, with_low_rank, frozen, partly_unused, hooked]
-AT_ONCE = [head for head in HEADS if head is not hooked]
+def replaced_forward(model: PreTrainedModel) -> None:
+    """As accelerate does it."""
+    head = model.lm_head
+    head.forward = lambda x: ScaledGradient.apply(nn.Linear.forward(head, x))
+
+
+def normed(model: PreTrainedModel) -> None:
+    nn.utils.parametrizations.weight_norm(model.lm_head)
+
+
+def outside(model: PreTrainedModel) -> None:
+    """Its weight is none of its parameters, as in a replica of nn.DataParallel."""
+    weight = model.lm_head.weight
+    del model.lm_head._parameters["weight"]
+    model.lm_head.original = nn.Parameter(weight.detach())
+    model.lm_head.weight = model.lm_head.original.clone()
+
+
+HEADS = [untied, with_bias, frozen, partly_unused, with_low_rank, normed, hooked, replaced_forward, outside]
+AT_ONCE = [untied, with_bias, frozen, partly_unused]
 
 
 def made(head: Callable[[PreTrainedModel], None] = untied, name: str = "llama") -> PreTrainedModel:
@@ -116,7 +134,7 @@ def gradients(
 ) -> dict[str, Tensor | None]:
     """The loss, divided as a mean is, and its gradients."""
     model.zero_grad()
-    dtype = model.lm_head.weight.dtype if hasattr(model.lm_head, "weight") else torch.float64
+    dtype = next(model.lm_head.parameters()).dtype
     hidden, labels = segments(requires_grad, dtype)
     loss = loss_of(model, hidden, labels)
     if loss.requires_grad:
