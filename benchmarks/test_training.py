@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from benchmarks import allocators
 from benchmarks.allocators import MIMALLOC
-from benchmarks.model_providers import OURS, READ_ONLY, started
+from benchmarks.model_providers import OURS, READ_ONLY, started, when_ready
 from benchmarks.model_rounds import memory_rows, named, time_rows, timed_rounds
 from benchmarks.model_shape import SEGMENT_LENGTH
 from benchmarks.processes import peak_unavailable
@@ -50,9 +52,10 @@ def depth_rows(allocator, depths, length, benchmark, rows, absent):
     measured = {}
 
     def all_depths():
-        for segments in depths:
-            with started(OURS, length, allocator) as process:
-                measured[segments] = process.run("train", segments)
+        with contextlib.ExitStack() as processes:
+            runs = when_ready(processes.enter_context(started(OURS, length, allocator)) for _ in depths)
+            for segments, run in zip(depths, runs, strict=True):
+                measured[segments] = run("train", segments)
 
     benchmark.pedantic(all_depths, rounds=1)
     for segments, of in measured.items():
