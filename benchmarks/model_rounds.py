@@ -91,7 +91,10 @@ def check(name: str, result: dict[str, np.ndarray], ours: dict[str, np.ndarray])
             raise ValueError(f"{name}: {key} is {error:.1e} of its norm from ours, more than {limit:g}")
 
 
-def time_rows(workload: str, rounds: Rounds, goal: float, bfloat16_goal: float | None = None) -> list[Row]:
+def time_rows(
+    workload: str, rounds: Rounds, goal: float, bfloat16_goal: float | None = None, which: str = ""
+) -> list[Row]:
+    """`which` of a process's rounds these are, where they are not all."""
     cost = costs.model(workload, CONFIG, SEGMENTS, SEGMENT_LENGTH, NUM_SENSORY, weight_bytes())
     ceilings = roofline.ceilings(DTYPE)
     seconds = {name: [measured.seconds for measured in of] for name, of in rounds.items()}
@@ -100,8 +103,8 @@ def time_rows(workload: str, rounds: Rounds, goal: float, bfloat16_goal: float |
         goals |= dict.fromkeys(LOW, f"<= {1 / bfloat16_goal:.2f}")
     return [
         row(
-            "model", named(workload), "time", name, values, "s", ratio=median_ratio(values, seconds[base(name)]),
-            ratio_to=base(name), goal=goals.get(name, ""), cost=cost,
+            "model", named(workload) + which, "time", name, values, "s",
+            ratio=median_ratio(values, seconds[base(name)]), ratio_to=base(name), goal=goals.get(name, ""), cost=cost,
             # the ceiling of products in float32 is not that of bfloat16
             ceilings=None if name in LOW else ceilings,
         )

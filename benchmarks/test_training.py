@@ -16,6 +16,7 @@ from benchmarks.results import row
 from benchmarks.sizes import size
 
 ROUNDS = 2
+STEPS = size(4, tiny=2)
 TIME_GOAL = 1.3
 MEMORY_GOAL = 3.0
 ALLOCATORS = ("malloc", MIMALLOC)
@@ -29,6 +30,14 @@ def test_training(benchmark, rows, absent):
     rounds = timed_rounds("train", ROUNDS, READ_ONLY, benchmark, absent, fewest=1)
     rows += time_rows("train", rounds, TIME_GOAL)
     rows += memory_rows("train", rounds, MEMORY_GOAL)
+
+
+@pytest.mark.slow
+def test_later_training_steps(benchmark, rows, absent):
+    """Without a process's first step, most of which may be waiting for memory that the machine has yet to give."""
+    rounds = timed_rounds("train", STEPS, READ_ONLY, benchmark, absent, fewest=STEPS)
+    later = {name: of[1:] for name, of in rounds.items()}
+    rows += time_rows("train", later, TIME_GOAL, which=", later steps")
 
 
 @pytest.mark.parametrize("allocator", ALLOCATORS)
