@@ -162,7 +162,13 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
 
         Raises:
             ValueError: shapes that do not fit, or a state of another batch size or model.
+            RuntimeError: inside torch.nn.DataParallel, whose replicas would run the layers of the original.
         """
+        if "_is_replica" in vars(self):
+            raise RuntimeError(
+                "torch.nn.DataParallel cannot replicate an HMT: start one process per GPU with torchrun, or show this "
+                "one a single GPU with CUDA_VISIBLE_DEVICES=0"
+            )
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         check_inputs(input_ids, attention_mask, labels, shift_labels, logits_to_keep, state, kwargs)
         if state is not None and not isinstance(state, HMTState):

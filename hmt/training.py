@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +170,13 @@ class HMTTrainer(Trainer):
         for mode in {mode for _, mode in self.plan}:
             with reading_as(model, mode):
                 pass
+        if args.n_gpu > 1:
+            warnings.warn(
+                f"training on the first of {args.n_gpu} GPUs: start one process per GPU for all of them, with torchrun "
+                f"--nproc-per-node {args.n_gpu}",
+                stacklevel=2,
+            )
+            args._n_gpu = 1  # or Trainer would use torch.nn.DataParallel
         args.max_steps = len(self.plan)
         if (
             any(mode not in (None, model.config.mode) for _, mode in self.plan)

@@ -45,6 +45,22 @@ def values(trainer: HMTTrainer, name: str) -> list[Any]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
+def test_several_gpus_need_a_process_each(tmp_path: Path) -> None:
+    """Trainer alone would replicate the model by nn.DataParallel, which cannot work; the batch is that of one GPU."""
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_train_batch_size=2)
+    arguments._n_gpu = 3
+    with pytest.warns(UserWarning, match="the first of 3 GPUs.*torchrun --nproc-per-node 3"):
+        trainer = HMTTrainer(hmt_model(), arguments, texts(100), [Stage(2, (2,))])
+    assert trainer.args.n_gpu == 1
+    assert trainer.args.train_batch_size == trainer.train_dataset.per_step == 2
+
+
+def test_a_replica_says_what_to_do_instead() -> None:
+    replica = hmt_model()._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="DataParallel cannot replicate an HMT"):
+        replica(torch.ones(1, 3, dtype=torch.long))
+
+
 def test_stages_are_read_as_planned_without_logits(tmp_path: Path) -> None:
     model = hmt_model()
     seen: list[tuple[int, str]] = []
