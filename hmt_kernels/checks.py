@@ -8,7 +8,7 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_RECALL_DIM = 8192
 MAX_RECALL_SLOTS = 65536
 
-_INFINITY = float("inf")
+LARGEST = torch.finfo(torch.float32).max  # of a softmax_scale: kernels take it as a float32
 
 
 def check_memory_recall(
@@ -59,13 +59,22 @@ def check_memory_recall_step(
     if out.shape[0] != batch or out.shape[1] == 0 or out.shape[2] != dim:
         raise ValueError(f"out must have shape [B, T, D] = [{batch}, at least 1, {dim}], got {shape_of(out)}")
     for name, tensor in (("memory", memory), ("out", out)):
-        sizes, strides = tensor.shape, tensor.stride()
-        if strides[2] != 1 or any(strides[i] == 0 for i in (0, 1) if sizes[i] > 1):
-            raise ValueError(f"{name} must have contiguous rows of its own, got strides {list(strides)}")
+        check_own_rows(name, tensor)
     inputs = {"query": query, "memory": memory, "new_memory": new_memory, "out": out}
     for name, tensor in inputs.items():
         if torch.is_grad_enabled() and tensor.requires_grad:
             raise ValueError(f"memory_recall_step has no gradients, but {name} requires one: use memory_recall")
+
+
+def check_own_rows(name: str, tensor: torch.Tensor) -> None:
+    """Raise unless the rows of a [B, rows, D] tensor are contiguous and share no element."""
+    strides, extent = tensor.stride(), tensor.shape[2]
+    own = strides[2] == 1
+    for stride, size in sorted((strides[i], tensor.shape[i]) for i in (0, 1) if tensor.shape[i] > 1):
+        own = own and stride >= extent
+        extent += (size - 1) * stride
+    if not own:
+        raise ValueError(f"{name} must have contiguous rows of its own, got strides {list(strides)}")
 
 
 def check_segment_attention(
@@ -92,8 +101,10 @@ def check_segment_attention(
         raise ValueError(f"k must have q's head dimension {dim}, at least 1, got shape {shape_of(k)}")
     if v.shape != k.shape:
         raise ValueError(f"v must have k's shape {shape_of(k)}, got {shape_of(v)}")
-    if kv_heads == 0 or q_heads % kv_heads != 0:
-        raise ValueError(f"q's number of heads must be a multiple of k's, got {q_heads} and {kv_heads}")
+    if q_heads == 0 or kv_heads == 0 or q_heads % kv_heads != 0:
+        raise ValueError(
+            f"q's number of heads must be a multiple of k's, both at least 1, got {q_heads} and {kv_heads}"
+        )
     if q_len > k_len:
         raise ValueError(f"q must not be longer than k, got Tq = {q_len} and Tk = {k_len}")
     if cos is not None or sin is not None:
@@ -162,8 +173,8 @@ def check_softmax_scale(softmax_scale: float) -> None:
     if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (float, int, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"softmax_scale must be a number, got {type(softmax_scale).__name__}")
     # A comparison, which is false for NaN too: math.isfinite does not take the symbolic floats of torch.compile.
-    if not -_INFINITY < softmax_scale < _INFINITY:
-        raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+    if not -LARGEST <= softmax_scale <= LARGEST:
+        raise ValueError(f"softmax_scale must be finite in float32, got {softmax_scale}")
 
 
 def shape_of(tensor: torch.Tensor) -> list[int]:

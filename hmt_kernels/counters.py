@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_stream_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+_stream_counters: dict[torch.device, torch.Tensor] = {}
 _graph_counters: dict[torch.device, torch.Tensor] = {}
 
 
@@ -14,14 +14,17 @@ def zeroed_counters(count: int, device: torch.device) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
         return _counters_of_graph(count, device)
+    if torch.cuda.current_stream(device).cuda_stream != 0:
+        # What is kept must not come from memory that somebody takes back: torch.compile's CUDA graphs run a first time
+        # on a stream of their own, with a memory pool of their own.
+        return torch.zeros(count, dtype=torch.int32, device=device)
     if device not in _graph_counters:
         # Made before any capture: inside one, the zeros would cost a memset at every replay.
         _graph_counters[device] = torch.zeros(1 << 18, dtype=torch.int32, device=device)
     # The launches of one stream run one after another.
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _stream_counters or _stream_counters[key].numel() < count:
-        _stream_counters[key] = torch.zeros(max(count, 1 << 14), dtype=torch.int32, device=device)
-    return _stream_counters[key]
+    if device not in _stream_counters or _stream_counters[device].numel() < count:
+        _stream_counters[device] = torch.zeros(max(count, 1 << 14), dtype=torch.int32, device=device)
+    return _stream_counters[device]
 
 
 def _counters_of_graph(count: int, device: torch.device) -> torch.Tensor:

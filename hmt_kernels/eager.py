@@ -14,7 +14,7 @@ def refuse_forward_mode(*tensors: torch.Tensor | None) -> None:
         return
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError(
-            "hmt_kernels has no forward-mode derivatives: use reverse mode (backward, torch.func.vjp)"
+            "hmt_kernels has no forward-mode derivatives: use reverse mode (backward, torch.autograd.grad)"
         )
 
 
@@ -35,6 +35,9 @@ def is_watched(*tensors: torch.Tensor | None) -> bool:
         return True
     gradients = torch.is_grad_enabled()
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in PLAIN or (gradients and tensor.requires_grad)):
+        if tensor is None:
+            continue
+        # the dispatcher resolves a negative bit, which a kernel would not see
+        if type(tensor) not in PLAIN or (gradients and tensor.requires_grad) or tensor.is_neg():
             return True
     return False

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
 from hmt_kernels.autocast import without_autocast
-from hmt_kernels.checks import check_memory_recall, check_memory_recall_step
+from hmt_kernels.checks import LARGEST, check_memory_recall, check_memory_recall_step
 from hmt_kernels.dispatch import Decision, chosen, implementation, remember, remembered, selected
 from hmt_kernels.dispatch import decide as decide_implementation
 from hmt_kernels.eager import is_watched, refuse_forward_mode
@@ -42,15 +41,15 @@ def memory_recall(
         memory: [B, N, D], query's dtype; N at most 65536. Slots >= num_valid[b] are never read into a result
             (they may hold NaN) and get zero gradient.
         num_valid: [B] int32, or None for all N. Its values are not read on the host: below 0 counts as 0, above N as N.
-        softmax_scale: the factor of the scores, a finite number.
+        softmax_scale: the factor of the scores, a number within float32.
         impl: "reference", "triton", "cuda" or "cpu"; None for the default (see `hmt_kernels.explain`).
 
     Returns:
         RecallOutput: recalled [B, Q, D] in query's dtype; lse [B, Q], the log-sum-exp of the scaled scores, float32
         (float64 for float64); slot [B, Q] int32, the slot with the largest score, the lowest index on ties. Without
-        a live slot: zeros, -inf, -1. Sums are accumulated in float32. recalled and lse are differentiable (once)
-        with respect to query and memory. Any strides are accepted; the results are contiguous. torch.autocast changes
-        nothing.
+        a live slot: zeros, -inf, -1. Sums are accumulated in float32. recalled and lse are differentiable (once,
+        by backward and torch.autograd.grad, not by torch.func) with respect to query and memory. Any strides are
+        accepted; the results are contiguous. torch.autocast changes nothing.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -97,7 +96,7 @@ def memory_recall_step(
         slot_index: [B] int32 on query's device; its values are not read on the host. Outside 0 .. N - 1 nothing is
             written.
         num_valid: [B] int32, or None for all N; counted after the write.
-        softmax_scale: the factor of the scores, a finite number.
+        softmax_scale: the factor of the scores, a number within float32.
         out: [B, T, D], query's dtype, T >= 1; only its first and last position are written.
         impl: as in `memory_recall`.
 
@@ -165,7 +164,7 @@ def _implementation_of(
         "memory_recall", query.shape, query.dtype, query.device, memory.shape, memory.dtype, memory.device, counts,
         impl, selected(),
     )  # fmt: skip
-    name = remembered(key) if type(softmax_scale) is float and math.isfinite(softmax_scale) else None
+    name = remembered(key) if type(softmax_scale) is float and abs(softmax_scale) <= LARGEST else None
     if name is None:
         name = chosen(decide(query, memory, num_valid, softmax_scale=softmax_scale, impl=impl))
         remember(key, name)
@@ -229,6 +228,8 @@ def _step(
     step = implementation("memory_recall", impl).step
     with without_autocast(query.device):
         _, lse, slot = step(query, memory, new_memory, slot_index, num_valid, softmax_scale, out)
+    # a kernel writes past PyTorch: whoever has saved one of these for a backward pass must hear of it
+    torch.autograd.graph.increment_version([x for x in (memory, out) if not x.is_inference()])
     return lse, slot
 
 

@@ -48,8 +48,8 @@ def forward(
     counts = _contiguous(num_valid)
     # sizes one by one: PyTorch takes half a microsecond longer to read a tuple
     recalled = query.new_empty(batch, queries, dim)
-    lse = torch.empty(batch, queries, dtype=torch.float32)
-    slot = torch.empty(batch, queries, dtype=torch.int32)
+    lse = query.new_empty(batch, queries, dtype=torch.float32)
+    slot = query.new_empty(batch, queries, dtype=torch.int32)
     _C.memory_recall_cpu_fwd(
         (batch, queries, memory.shape[1], dim), _DTYPES[query.dtype], softmax_scale, query_rows, memory_rows,
         _pointer(counts), recalled.data_ptr(), lse.data_ptr(), slot.data_ptr(), torch.get_num_threads(),

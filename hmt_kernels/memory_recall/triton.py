@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from hmt_kernels import triton_launch
+from hmt_kernels.checks import check_own_rows
 from hmt_kernels.memory_recall.triton_configs import BLOCK_Q, Config, chosen, matrix_config, vector_config
 from hmt_kernels.memory_recall.triton_plans import (
     plan_matrix_backward,
@@ -21,7 +22,7 @@ from hmt_kernels.memory_recall.triton_plans import (
 )
 from hmt_kernels.memory_recall.triton_vector import memory_recall_vector_fwd_kernel
 from hmt_kernels.triton_launch import Launch, target_of
-from hmt_kernels.triton_tiles import has_aligned_rows, stride
+from hmt_kernels.triton_tiles import has_aligned_rows
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -116,9 +117,7 @@ def step(
     if isinstance(slot_index, int) and not 0 <= slot_index < memory.shape[1]:
         raise ValueError(f"slot_index must be from 0 to N - 1 = {memory.shape[1] - 1}, got {slot_index}")
     for name, tensor in (("memory", memory), ("out", out)):
-        shared = any(stride(tensor, dim) == 0 for dim in (0, 1) if tensor.shape[dim] > 1)
-        if tensor.stride(-1) != 1 or shared:
-            raise ValueError(f"{name} must have contiguous rows of its own, got strides {list(tensor.stride())}")
+        check_own_rows(name, tensor)
     query, new_memory = _with_aligned_rows(query), _with_aligned_rows(new_memory)
     num_valid = None if num_valid is None else num_valid.contiguous()
     slot_index = slot_index if isinstance(slot_index, int) else slot_index.contiguous()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-FLOOR = tl.constexpr(-1e38)
+FLOOR = tl.constexpr(-2.3e38)  # times LOG2_E it is still finite
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 NO_SLOT = tl.constexpr(1 << 24)  # a slot is kept as a float32 between blocks, which is exact up to here

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 from hmt_kernels.autocast import without_autocast
-from hmt_kernels.checks import check_segment_attention
+from hmt_kernels.checks import LARGEST, check_segment_attention
 from hmt_kernels.dispatch import Decision, chosen, implementation, remember, remembered, selected
 from hmt_kernels.dispatch import decide as decide_implementation
 from hmt_kernels.eager import PLAIN, refuse_forward_mode
@@ -53,8 +52,9 @@ def segment_attention(
     Returns:
         o [B, Hq, Tq, D] in q's dtype, or (o, softmax_lse [B, Hq, Tq] float32, float64 for float64). A row that sees no
         key gives o = 0, softmax_lse = -inf and zero gradients. Any strides are accepted; o is laid out in memory as q
-        is (from "sdpa": as PyTorch chooses). o and softmax_lse are differentiable with respect to q, k, v, once (o from
-        "sdpa": as often as PyTorch allows). torch.autocast changes nothing.
+        is (from "sdpa": as PyTorch chooses). o and softmax_lse are differentiable with respect to q, k, v, once, by
+        backward and torch.autograd.grad (o from "sdpa": as often as PyTorch allows, and by torch.func).
+        torch.autocast changes nothing.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -112,7 +112,7 @@ def _key(
         return None
     if window_size is not None and (type(window_size) is not int or window_size < 1):
         return None
-    if softmax_scale is not None and (type(softmax_scale) is not float or not math.isfinite(softmax_scale)):
+    if softmax_scale is not None and (type(softmax_scale) is not float or not abs(softmax_scale) <= LARGEST):
         return None
     kinds: list[Any] = ["segment_attention", window_size, return_lse, impl, selected()]
     for tensor in (q, k, v, cos, sin, pad_span):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+LEAST = torch.finfo(torch.float32).tiny  # factors below may be 0 where they are used
+
 
 def unavailable(
     q: torch.Tensor,
@@ -30,9 +32,9 @@ def attend(
     softmax_scale: float | None,
 ) -> torch.Tensor:
     """o = softmax(softmax_scale * rot(q) rot(k)^T + mask) v, with a mask only where nothing cheaper says the same."""
-    if softmax_scale is not None and softmax_scale <= 0.0:
+    if softmax_scale is not None and softmax_scale < LEAST:
         # SDPA scales after it has hidden keys with -inf: NaN for a factor of 0, and seen keys for a negative one
-        q, softmax_scale = (-q, -softmax_scale) if softmax_scale < 0.0 else (0.0 * q, 1.0)
+        q, softmax_scale = (-q, -softmax_scale) if softmax_scale <= -LEAST else (softmax_scale * q, 1.0)
     if window_size is not None:
         unseen = k.shape[2] - q.shape[2] + 1 - window_size
         if unseen > 0:  # these first keys have left the window of every row
@@ -67,7 +69,7 @@ def attend(
     shown = (keys < start) | (keys >= end)  # [B, 1, 1, Tk]
     visible = visible & shown  # [B, 1, Tq, Tk]
     # A blind row gets its own key, so that no backend meets an empty softmax; its result is then replaced by zeros.
-    visible.diagonal(k_len - q_len, -2, -1).logical_or_(blind[..., 0])
+    visible = visible | (blind & (keys == positions))
     return _sdpa(q, k, v, visible, False, softmax_scale) * ~blind
 
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 from tolerance import assert_accurate
 
-from hmt_kernels import RecallOutput, dispatch, memory_recall
+from hmt_kernels import RecallOutput, dispatch, memory_recall, memory_recall_step
 from hmt_kernels.memory_recall import reference
 
 IMPLS = [name for name in ("reference", "cpu") if dispatch.missing("memory_recall", name) is None]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # the kernels take three dtypes; float64 is the reference's alone
+EVERYWHERE = [*IMPLS, *(["triton"] if dispatch.missing("memory_recall", "triton") is None else [])]
 IMPLS_AND_DTYPES = [(i, d) for i in IMPLS for d in DTYPES if i == "reference" or d != torch.float64]
 # B, Q, N, D, num_valid
 CASES = {
@@ -152,6 +153,38 @@ def strided_views(x):
     yield "every-other-feature", padded[..., ::2]
     yield "transposed", x.transpose(0, 1).contiguous().transpose(0, 1)
     yield "features-first", x.mT.contiguous().mT
+
+
+@pytest.mark.parametrize("impl", EVERYWHERE)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_scores_near_the_end_of_float32(queries, impl):
+    """Below what a running maximum might begin with; nothing is recalled of the rows that fill a tile up."""
+    query = torch.full((1, queries, 64), 1e18)
+    memory = -torch.full((1, 4, 64), 1e18) * torch.tensor([2.0, 3.0, 4.0, 5.0])[:, None]
+    out = memory_recall(query, memory, softmax_scale=1.0, impl=impl)
+    assert out.slot.tolist() == [[0] * queries]
+    torch.testing.assert_close(out.lse, torch.full((1, queries), -1.28e38))
+    torch.testing.assert_close(out.recalled, memory[:, :1].expand_as(query))
+
+
+@pytest.mark.parametrize("impl", EVERYWHERE)
+def test_another_default_device(impl):
+    """Results lie where the arguments do; an address of another device would be the end of the process."""
+    query, memory = torch.randn(2, 1, 64), torch.randn(2, 30, 64)
+    expected = memory_recall(query, memory, softmax_scale=0.1, impl=impl)
+    out, index = torch.zeros(2, 2, 64), torch.zeros(2, dtype=torch.int32)
+    with torch.device("meta"):
+        actual = memory_recall(query, memory, softmax_scale=0.1, impl=impl)
+        memory_recall_step(query, memory, memory[:, 0].clone(), index, softmax_scale=0.1, out=out, impl=impl)
+    torch.testing.assert_close(tuple(actual), tuple(expected), rtol=0, atol=0)
+    torch.testing.assert_close(out[:, 1:], expected.recalled)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_negative_bit_is_seen(impl):
+    query, memory = torch.randn(2, 1, 64), torch.randn(2, 30, 64)
+    actual = memory_recall(query, torch._neg_view(memory), softmax_scale=0.1, impl=impl)
+    torch.testing.assert_close(tuple(actual), tuple(memory_recall(query, -memory, softmax_scale=0.1, impl=impl)))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

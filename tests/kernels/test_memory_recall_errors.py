@@ -43,8 +43,9 @@ BAD = {
     "scale-string": ({"softmax_scale": "0.1"}, TypeError, "softmax_scale must be a number, got str"),
     "scale-tensor": ({"softmax_scale": torch.tensor(0.1)}, TypeError, "softmax_scale must be a number, got Tensor"),
     "scale-bool": ({"softmax_scale": True}, TypeError, "softmax_scale must be a number, got bool"),
-    "scale-nan": ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite, got nan"),
-    "scale-infinite": ({"softmax_scale": -float("inf")}, ValueError, "softmax_scale must be finite, got -inf"),
+    "scale-nan": ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite in float32, got nan"),
+    "scale-large": ({"softmax_scale": 1e39}, ValueError, "softmax_scale must be finite in float32, got 1e"),
+    "scale-infinite": ({"softmax_scale": -float("inf")}, ValueError, "softmax_scale must be finite .*got -inf"),
     "impl-unknown": ({"impl": "fastest"}, ValueError, "impl must be one of reference, .*got 'fastest'"),
     "impl-other-operator": ({"impl": "sdpa"}, ValueError, "impl must be one of reference, .*got 'sdpa'"),
 }  # fmt: skip

@@ -73,6 +73,28 @@ def test_step_works_on_slices(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_what_is_written_is_known_to_have_changed(impl):
+    """A backward pass that needs the queue as it was says so instead of using another."""
+    query, memory, new_memory, out = make_step()
+    query.requires_grad_()
+    recalled = memory_recall(query, memory, softmax_scale=0.1, impl=impl).recalled
+    with torch.no_grad():
+        memory_recall_step(query, memory, new_memory, int32([3, 0]), softmax_scale=0.1, out=out, impl=impl)
+    assert out._version > 0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        recalled.sum().backward()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_step_in_inference_mode(impl):
+    with torch.inference_mode():
+        query, memory, new_memory, out = make_step()
+        step = memory_recall_step(query, memory, new_memory, int32([3, 0]), softmax_scale=0.1, out=out, impl=impl)
+    assert torch.equal(memory[0, 3], new_memory[0])
+    assert step.recalled.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_opcheck(impl):
     query, memory, new_memory, out = make_step()
     args = (query, memory, new_memory, int32([2, 3]), int32([3, 7]), 0.25, out.zero_(), impl)
@@ -107,6 +129,11 @@ def good_arguments():
     }
 
 
+def overlapping(rows, row_stride=8):
+    """Two times `rows` rows of 64, each sharing elements with the next or, 64 apart, with the other batch's."""
+    return {"memory": torch.zeros(1000, device=DEVICE).as_strided((2, rows, 64), (8, row_stride, 1))}
+
+
 # what is replaced, the error, a part of its message
 BAD = {
     "two-queries": ({"query": torch.zeros(2, 2, 64)}, ValueError, r"query must have shape \[B, 1, D\]"),
@@ -122,7 +149,7 @@ BAD = {
     ),
     "num-valid-dtype": ({"num_valid": torch.zeros(2)}, TypeError, "num_valid must be int32, got torch.float32"),
     "num-valid-shape": ({"num_valid": int32([1])}, ValueError, r"num_valid must have shape .*\[2\], got \[1\]"),
-    "scale-nan": ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite, got nan"),
+    "scale-nan": ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite in float32, got nan"),
     "out-dtype": ({"out": torch.zeros(2, 3, 64).half()}, TypeError, "out must have query's dtype"),
     "out-list": ({"out": [0.0]}, TypeError, "out must be a tensor .*got list"),
     "out-empty": ({"out": torch.zeros(2, 0, 64)}, ValueError, r"out must have shape \[B, T, D\]"),
@@ -133,6 +160,9 @@ BAD = {
         ValueError,
         "memory must have contiguous",
     ),
+    "memory-overlaps": (overlapping(7), ValueError, "memory must have contiguous"),
+    "batches-overlap": (overlapping(7, 64), ValueError, "memory must have contiguous"),
+    "out-overlaps": ({"out": overlapping(3)["memory"]}, ValueError, "out must have contiguous"),
     "gradient": (
         {"new_memory": torch.zeros(2, 64, requires_grad=True)},
         ValueError,

@@ -188,6 +188,15 @@ def layouts(x):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("scale", [1e-46, -1e-46, 1e-39])
+def test_a_scale_that_float32_rounds_away(scale, impl):
+    """All visible keys weigh the same."""
+    q, k, v = (torch.randn(1, 2, 6, 16) for _ in range(3))
+    mean = v.cumsum(2) / torch.arange(1, 7)[:, None]
+    torch.testing.assert_close(segment_attention(q, k, v, softmax_scale=scale, impl=impl), mean)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_any_strides(impl):
     qkv, settings, _ = make_case((2, 4, 2, 9, 20, 32), torch.float32, rotary=(2, 16), pad_span=[(2, 5), (0, 20)])
     qkv = [x.detach() for x in qkv]
