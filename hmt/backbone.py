@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -18,6 +18,24 @@ from hmt import compiled_layers, last_layer, rotary
 def unwrap(model: PreTrainedModel) -> PreTrainedModel:
     """The causal LM inside a PEFT wrapper (its LoRA layers stay injected), or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer and nothing else: no hooks, no LoRA, no other forward, no special weights."""
+    parts = vars(module)
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    if type(module) is not nn.Linear or "forward" in parts or any(parts[name] for name in hooks):
+        return False
+    # a replica of DataParallel holds its weight outside of its parameters
+    return "weight" in parts["_parameters"] and all(type(p) in (Tensor, nn.Parameter) for p in module.parameters())
+
+
+def has_replaced_weights(model: nn.Module) -> bool:
+    """Whether torch.func.functional_call has put tensors in the place of parameters, for as long as the call lasts."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
+        return True
+    weights = (p for module in model.modules() for p in module._parameters.values() if p is not None)
+    return not all(isinstance(p, nn.Parameter) for p in weights)
 
 
 def embed(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -183,6 +201,23 @@ def _check_outputs(model: PreTrainedModel, name: str) -> None:
         raise ValueError(
             f"backbone {name} computes its logits in a way that hmt does not know (not its LM head on the last "
             f"hidden state): please report the architecture"
+        )
+
+
+def check_positions(model: PreTrainedModel, longest: int, others: int) -> None:
+    """Raise a ValueError unless a backbone with learned positions has one for each of the `longest` pass's.
+
+    `others` of them are not the segment's.
+    """
+    model = unwrap(model)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or longest <= limit:
+        return
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
+    if any(limit <= table.num_embeddings <= limit + 2 for table in tables):  # OPT's has two more
+        raise ValueError(
+            f"segment_length must be at most {limit - others}, got {longest - others}: {type(model).__name__} has "
+            f"learned {limit} positions, and memory and sensory tokens take {others}"
         )
 
 

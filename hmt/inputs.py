@@ -29,8 +29,8 @@ def check_inputs(
         raise TypeError(f"input_ids must be an integer tensor [B, T], got {type(input_ids).__name__}")
     if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids must be an integer tensor [B, T], got {input_ids.dtype} {tuple(input_ids.shape)}")
-    if input_ids.shape[1] == 0:
-        raise ValueError("input_ids must hold at least one token, got none")
+    if input_ids.numel() == 0:
+        raise ValueError(f"input_ids must hold at least one token, got none: {tuple(input_ids.shape)}")
     for name, value in (("attention_mask", attention_mask), ("labels", labels), ("shift_labels", shift_labels)):
         if value is None:
             continue

@@ -110,6 +110,14 @@ def batches(cache: Any) -> bool:
     return isinstance(cache, SegmentCache) and all(isinstance(layer, SegmentLayer) for layer in cache.layers)
 
 
+def can_be_written(cache: SegmentCache) -> bool:
+    """Whether buffers may change in place: nothing that a backward pass needs, nor tensors of inference mode."""
+    if torch.is_grad_enabled():
+        return False
+    keys = getattr(cache.layers[0], "keys", None)
+    return torch.is_inference_mode_enabled() or not (isinstance(keys, Tensor) and keys.is_inference())
+
+
 def copy_of(cache: Any) -> Any:
     """The same keys and values in buffers of their own."""
     if not batches(cache):

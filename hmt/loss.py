@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from hmt.backbone import apply_head, unwrap
+from hmt.backbone import apply_head, is_plain_linear, unwrap
 from hmt.remat import offloaded
 from hmt_kernels.autocast import is_autocast_enabled
 
@@ -66,7 +65,8 @@ class SummedCrossEntropy:
         if self._total is None:
             raise ValueError("nothing has been added to the loss")
         if self._leaves:
-            gradients = list(self._d_weights.values())
+            found = zip(self._d_weights.values(), self._trained.values(), strict=True)
+            gradients = [g if g is None else g.to(p) for g, p in found]
             self._count(_Known.apply(torch.zeros_like(self._total), gradients, *self._trained.values()))
         return self._total
 
@@ -85,7 +85,9 @@ class SummedCrossEntropy:
     def _loss_and_gradient(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """The loss of a segment and its gradient by the hidden states; those by the weights are added to their sums."""
         self._leaves = self._leaves or {name: p.detach().requires_grad_() for name, p in self._trained.items()}
-        head = partial(functional_call, self.head, self._leaves)
+        # not by functional_call, which changes the module that other threads are using
+        weights = {**dict(self.head.named_parameters()), **self._leaves}
+        head = partial(F.linear, weight=weights["weight"], bias=weights.get("bias"))
         by_hidden = hidden.requires_grad
         total, d_hidden = hidden.new_zeros((), dtype=torch.float32), []
         for rows, targets in self._chunks(hidden.detach(), labels):
@@ -94,13 +96,16 @@ class SummedCrossEntropy:
             # an outer checkpoint or offload has no business with what is gone at the end of the chunk
             with saved_tensors_hooks(lambda x: x, lambda x: x):
                 loss = _chunk_loss(self.model, head, rows, targets)
-                found = list(torch.autograd.grad(loss, inputs, allow_unused=True)) if inputs else []
+                found: list[Any] = list(torch.autograd.grad(loss, inputs, allow_unused=True)) if inputs else []
             total += loss.detach()
             if by_hidden:
                 d_hidden.append(found.pop(0))
             for name, gradient in zip(self._leaves, found, strict=True):
-                seen = self._d_weights[name]
-                self._d_weights[name] = gradient if seen is None else seen.add_(gradient)
+                if gradient is not None:
+                    # in bfloat16 every chunk of a long text would add its rounding
+                    precise = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+                    seen = self._d_weights[name]
+                    self._d_weights[name] = precise if seen is None else seen.add_(precise)
         return total, torch.cat(d_hidden) if by_hidden else None
 
 
@@ -133,9 +138,4 @@ def _gradient_can_be_formed(head: nn.Module, hidden: Tensor) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
         return False
-    parts = vars(head)
-    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    if type(head) is not nn.Linear or "forward" in parts or any(parts[name] for name in hooks):
-        return False
-    # a replica of DataParallel holds its weight outside of its parameters
-    return "weight" in parts["_parameters"] and all(type(p) in (Tensor, nn.Parameter) for p in head.parameters())
+    return is_plain_linear(head)

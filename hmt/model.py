@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hmt.backbone import apply_head, check_backbone, patch_layers
+from hmt.backbone import apply_head, check_backbone, check_positions, patch_layers
 from hmt.config import HMTConfig
 from hmt.generation import HMTGenerationMixin
 from hmt.inputs import check_inputs, check_result, check_state, check_values
@@ -57,6 +57,8 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
             backbone = AutoModelForCausalLM.from_config(config.text_config)
             _set_attention(backbone, requested_attention)
             patch_layers(backbone, config.fused_rotary, config.compile_layers)
+        others = 2 * config.num_memory + config.num_sensory
+        check_positions(backbone, others + config.segment_length, others)
         self.backbone = backbone
         # one object, so that resizing embeddings or changing the attention of either is seen by both
         config.text_config = backbone.config
@@ -152,7 +154,8 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
             attention_mask: [B, T], 0 for padding.
             state: of a call before; None for a new text. A list of one-row states, which may stand at different
                 positions, reads each row as on its own (`hmt.serving.step`; the mask may pad on the left).
-            labels: [B, T] as in transformers: shifted here, -100 is not counted.
+            labels: [B, T] as in transformers: shifted here, -100 is not counted. Where gradients are recorded, a loss
+                holds that of the LM head until its backward pass.
             use_cache: keep keys and values of the open segment in the state, for token by token decoding.
             logits_to_keep: logits of the last so many tokens, 0 for all; None means all, or none with a loss.
             num_items_in_batch: divisor of the loss instead of the number of labels, for gradient accumulation.

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from hmt import capture
-from hmt.backbone import embed, hidden_states
+from hmt.backbone import embed, has_replaced_weights, hidden_states
 from hmt.decode_graph import decode_graph
-from hmt.kv_cache import new_cache
+from hmt.kv_cache import SegmentCache, can_be_written, new_cache
 from hmt.layer_graphs import GraphedCall, graphed_call
 from hmt.outputs import SegmentResult
 from hmt.recurrence import Layers, augment, decode_token, read_segment, summarize
@@ -43,6 +43,8 @@ def read_segments(
         return
     segments = split(text, length)
     rematerializes = config.rematerialize and torch.is_grad_enabled() and len(segments) > 1
+    if rematerializes and has_replaced_weights(model):
+        rematerializes = False  # the backward pass would recompute with the weights of then
     look = capture.look(model)
     call = graphed_call(model, look)
     queries = recall_queries(model, segments, state, rematerializes, call)
@@ -104,6 +106,8 @@ def can_decode(model: HMTForCausalLM, state: HMTState, new: Tokens, use_cache: b
     if not use_cache or state.cache is None or new.length != 1:
         return False
     if state.num_open == 0 or state.num_open + 1 >= config.segment_length:
+        return False
+    if isinstance(state.cache, SegmentCache) and not can_be_written(state.cache):
         return False
     # a cache that another continuation of the same state has already extended no longer fits
     num_sensory = min(config.num_sensory, state.recent.length)

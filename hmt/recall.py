@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
+from hmt.backbone import is_plain_linear
 from hmt_kernels import RecallOutput, memory_recall, memory_recall_step
 
 
-def absorb(summary: Tensor, wq: Tensor, wk: Tensor) -> Tensor:
-    """u = Wk^T (Wq q): summaries q [..., d] and projections [h, d] to queries [..., d] of the unprojected memories."""
-    return (summary.to(wq.dtype) @ wq.mT) @ wk
+def absorb(summary: Tensor, wq: nn.Module, wk: nn.Module) -> Tensor:
+    """u = Wk^T (Wq q): summaries q [..., d] and projections d -> h to queries [..., d] of the unprojected memories."""
+    dtype = getattr(getattr(wq, "weight", None), "dtype", summary.dtype)
+    summary = summary.to(dtype if dtype.is_floating_point else summary.dtype)
+    if is_plain_linear(wq) and is_plain_linear(wk):
+        return (summary @ cast(Tensor, wq.weight).mT) @ cast(Tensor, wk.weight)
+    # LoRA, quantisation and what moves weights to a device act when the modules are called
+    columns = torch.eye(summary.shape[-1], dtype=summary.dtype, device=summary.device)
+    return wq(summary) @ wk(columns).mT
 
 
 class MemoryRecall(nn.Module):
@@ -39,7 +48,7 @@ class MemoryRecall(nn.Module):
 
     def absorb(self, summary: Tensor) -> Tensor:
         """Summaries [..., d] to absorbed queries [..., d]."""
-        return absorb(summary, self.wq.weight, self.wk.weight)
+        return absorb(summary, self.wq, self.wk)
 
     def forward(self, query: Tensor, memory: Tensor) -> RecallOutput:
         """Recall for absorbed queries [B, d] from memories [B, N, d] in any slot order."""

@@ -25,7 +25,7 @@ class CrossAttentionMemory(nn.Module):
 
     def absorb(self, summary: Tensor) -> Tensor:
         """Summaries [..., d] to absorbed queries [..., d]."""
-        return absorb(summary, self.wq.weight, self.wk.weight)
+        return absorb(summary, self.wq, self.wk)
 
     def scale(self, generate: bool) -> float:
         """The scale of the scores that HMT-pytorch uses in this situation."""

@@ -137,3 +137,15 @@ def test_least_sizes() -> None:
     torch.testing.assert_close(one.logits, out.logits[:, :1])
     empty = model.read(token_ids(2, 1)).select_rows(torch.zeros(0, dtype=torch.long))
     assert empty.batch_size == 0 and empty.split() == []
+
+
+@pytest.mark.parametrize(("name", "learned"), [("gpt2", 512), ("opt", 512)])
+def test_more_positions_than_the_backbone_has_learned(name, learned):
+    at_most = learned - 2 - 3
+    hmt_model(name, segment_length=at_most)
+    with pytest.raises(ValueError, match=f"segment_length must be at most {at_most}, got {at_most + 1}"):
+        hmt_model(name, segment_length=at_most + 1)
+
+
+def test_positions_that_are_not_learned_have_no_end():
+    hmt_model("llama", segment_length=5000)

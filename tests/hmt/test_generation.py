@@ -220,3 +220,34 @@ def test_compat_generate_past_the_reference_limit(name: str) -> None:
     if case.tokens:  # until the open segment is full, the reference is right
         free = case.segment_size - ids.shape[1] % case.segment_size
         assert tokens[0, :free].tolist() == case.tokens[0][:free]
+
+
+def test_gradients_after_a_prefix_that_was_read_without() -> None:
+    """The buffers that the prefix has left are read again, not written to: a backward pass needs what is in them."""
+    model, ids = hmt_model(), token_ids(2, 30)
+
+    def decoded() -> torch.Tensor:
+        with torch.no_grad():
+            state = model(ids[:, :22], use_cache=True).state
+        total = torch.zeros(())
+        for i in range(22, 27):
+            out = model(ids[:, i : i + 1], state=state, use_cache=True)
+            state, total = out.state, total + out.logits.square().mean()
+        return total
+
+    decoded().backward()
+    with torch.no_grad():
+        state = model(ids[:, :22]).state
+        at_once = model(ids[:, 22:27], state=state).logits.square().mean((0, 2)).sum()
+    torch.testing.assert_close(decoded().detach(), at_once, atol=1e-5, rtol=1e-4)
+    assert model.get_input_embeddings().weight.grad.isfinite().all()
+
+
+def test_a_cache_of_inference_mode_outside_of_it() -> None:
+    model, ids = hmt_model().eval(), token_ids(2, 23)
+    with torch.inference_mode():
+        state = model(ids[:, :22], use_cache=True).state
+    with torch.no_grad():
+        expected = model(ids[:, 22:], state=model(ids[:, :22], use_cache=True).state, use_cache=True).logits
+        actual = model(ids[:, 22:], state=state, use_cache=True).logits
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)

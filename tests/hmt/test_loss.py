@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 
@@ -256,6 +257,36 @@ def test_the_gradient_of_the_head_is_kept_once_for_all_segments() -> None:
     # two gradients of the head on the way to .grad, but not two per segment
     assert many - few <= 10 * 4 * (4 * 4 * WIDTH + 256)
     assert few >= VOCAB * WIDTH * 4
+
+
+def test_threads_leave_the_head_as_it_is() -> None:
+    model = made().float()
+    weight, found = model.lm_head.weight, []
+
+    def work() -> None:
+        hidden = [torch.randn(1, 64, WIDTH)]
+        for _ in range(30):
+            found.append(chunked(model, hidden, [torch.zeros(1, 64, dtype=torch.long)]).requires_grad)
+            found.append(model.lm_head.weight is weight)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert model.lm_head.weight is weight and found == [True] * 180
+
+
+def test_many_chunks_in_bfloat16_are_added_up_in_float32() -> None:
+    model = made().bfloat16()
+    hidden = [torch.randn(1, 7 * 200, WIDTH).bfloat16()]
+    labels = [torch.randint(VOCAB, (1, 7 * 200))]
+    gradients = []
+    for loss_of, dtype in ((chunked, torch.bfloat16), (at_once, torch.bfloat16), (at_once, torch.float64)):
+        loss = loss_of(model.to(dtype), [h.to(dtype) for h in hidden], labels)
+        gradients += torch.autograd.grad(loss, model.lm_head.weight)
+    in_chunks, plain, exact = gradients
+    assert (in_chunks - exact).norm() <= 2 * (plain - exact).norm()
 
 
 def test_a_loss_of_nothing() -> None:

@@ -302,6 +302,7 @@ _BART = {"vocab_size": 50, "d_model": 16, "encoder_layers": 1, "decoder_layers":
         ({"input_ids": torch.zeros(2, 3)}, ValueError, "input_ids"),
         ({"input_ids": torch.zeros(5, dtype=torch.long)}, ValueError, "input_ids"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, ValueError, "at least one token"),
+        ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, ValueError, "at least one token"),
         ({"attention_mask": torch.ones(1, 3)}, ValueError, "attention_mask"),
         ({"labels": torch.ones(2, 9, dtype=torch.long)}, ValueError, "labels"),
         ({"shift_labels": torch.ones(1, 8, dtype=torch.long)}, ValueError, "shift_labels"),

@@ -77,6 +77,20 @@ def test_gradients_of_everything_that_is_returned(asked: str) -> None:
     assert_same(results[1], results[0], 1e-12)
 
 
+def test_weights_that_functional_call_lends() -> None:
+    """A recomputation in the backward pass would come when they have been given back."""
+    model, ids = hmt_model().double(), token_ids(2, LENGTH)
+    lent = {name: (1.3 * p.detach()).requires_grad_() for name, p in model.named_parameters()}
+    loss = torch.func.functional_call(model, lent, (ids,), {"labels": ids}).loss
+    found = torch.autograd.grad(loss, list(lent.values()), allow_unused=True)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.3)
+    expected = gradients(model, lambda: model(ids, labels=ids).loss)
+    actual = {name: g for name, g in zip(lent, found, strict=True) if g is not None}
+    assert_same({"loss": loss.detach(), **actual}, expected, 1e-6)
+
+
 def dropout_model() -> HMTForCausalLM:
     model = hmt_model("gpt2").double().train()
     for module in model.modules():
