@@ -135,7 +135,7 @@ def test_refuses_with_a_reason(name: str) -> None:
     assert not any("forward" in vars(module) for module in model.modules())
     if name not in ("gptj", "gemma2"):
         with pytest.raises(ValueError, match=reason):
-            hmt.HMTForCausalLM.from_backbone(model, fused_rotary=True)
+            hmt.HMTForCausalLM.from_backbone(model, fused_rotary=True, segment_length=64)
 
 
 def test_refuses_other_attention_and_replaced_forwards() -> None:
