@@ -124,6 +124,8 @@ def _train(arguments: argparse.Namespace) -> int:
         settings["cuda_graphs"] = True
     if arguments.compile_layers:
         settings["compile_layers"] = True
+    if arguments.what != "full" and Path(arguments.model).resolve() == Path(arguments.output).resolve():
+        raise ValueError(f"--output must be another folder than --model, which it needs, got {arguments.output!r}")
     torch.manual_seed(arguments.seed)
     loaded = load(arguments.model, dtype=torch.float32, device="cpu", **settings)  # Trainer moves it
     output = Path(arguments.output)
@@ -178,6 +180,7 @@ def training_arguments(arguments: argparse.Namespace, evaluates: bool) -> Traini
         per_device_eval_batch_size=arguments.batch_size,
         gradient_accumulation_steps=arguments.accumulate,
         bf16=arguments.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # or it refuses bf16
         seed=arguments.seed,
         logging_steps=arguments.log_every,
         save_steps=arguments.save_every,

@@ -166,3 +166,17 @@ def test_says_which_allocator_takes_less_memory(allocator, noted, model_dir, tex
     command = ["train", str(texts), "--model", str(model_dir), "--output", str(tmp_path / "out"), *SMALL]
     assert main([*command, "--stage", "1:2:rmt"]) == 0
     assert (cli_train.ALLOCATOR_NOTE in capsys.readouterr().err) == noted
+
+
+def test_an_adapter_over_its_own_model_is_refused(model_dir: Path, texts: Path, capsys) -> None:
+    arguments = ["train", str(texts), "--model", str(model_dir), "--output", str(model_dir), *SMALL, "--stage", "1:2"]
+    assert main(arguments) == 2
+    assert "--output must be another folder than --model" in capsys.readouterr().err
+    assert not (model_dir / FILE).exists()
+
+
+def test_bfloat16_needs_no_gpu(model_dir: Path, texts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = ["train", str(texts), "--model", str(model_dir), "--output", str(output), *SMALL, "--stage", "1:2"]
+    assert main([*arguments, "--bf16"]) == 0
+    assert (output / FILE).exists()
