@@ -43,7 +43,7 @@ class SummedCrossEntropy:
         # leaves of their own: no hook of a weight hears of a chunk's gradient
         self._trained = {name: p for name, p in self.head.named_parameters() if p.requires_grad}
         self._leaves: dict[str, Tensor] = {}
-        self._d_weights: dict[str, Tensor | None] = dict.fromkeys(self._trained)
+        self._d_weights: dict[str, Tensor] = {}
         self._total: Tensor | None = None
 
     def add(self, hidden: Tensor, labels: Tensor) -> None:
@@ -64,10 +64,10 @@ class SummedCrossEntropy:
         """The sum, float32, of all that has been added."""
         if self._total is None:
             raise ValueError("nothing has been added to the loss")
-        if self._leaves:
-            found = zip(self._d_weights.values(), self._trained.values(), strict=True)
-            gradients = [g if g is None else g.to(p) for g, p in found]
-            self._count(_Known.apply(torch.zeros_like(self._total), gradients, *self._trained.values()))
+        if self._d_weights:
+            weights = [self._trained[name] for name in self._d_weights]
+            gradients = [g.to(p) for g, p in zip(self._d_weights.values(), weights, strict=True)]
+            self._count(_Known.apply(torch.zeros_like(self._total), gradients, *weights))
         return self._total
 
     def _count(self, part: Tensor) -> None:
@@ -104,7 +104,7 @@ class SummedCrossEntropy:
                 if gradient is not None:
                     # in bfloat16 every chunk of a long text would add its rounding
                     precise = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-                    seen = self._d_weights[name]
+                    seen = self._d_weights.get(name)
                     self._d_weights[name] = precise if seen is None else seen.add_(precise)
         return total, torch.cat(d_hidden) if by_hidden else None
 
