@@ -8,6 +8,7 @@ taken out first: all run by turns, so a machine that was busier slowed them too.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Iterable
@@ -57,7 +58,9 @@ def _group(row: Row) -> tuple[str, ...]:
 def worse(before: Row, after: Row) -> float:
     """By which factor the median got worse."""
     a, b = float(before["value"]), float(after["value"])
-    return a / b if after["unit"] in HIGHER_IS_BETTER else b / a
+    if after["unit"] in HIGHER_IS_BETTER:
+        a, b = b, a
+    return 1.0 if a == b else b / a if a else math.inf
 
 
 def judge(before: Row, after: Row, machine: float, threshold: float) -> str:

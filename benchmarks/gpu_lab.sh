@@ -8,8 +8,8 @@
 # call goes on where the first was cut off, test by test. Without a GPU the CUDA parts are absent.
 set -euo pipefail
 export PYTHON="${PYTHON:-python3}"
-[[ $# -ge 1 ]] || { sed -n '2,9p' "$0" >&2; exit 2; }
-out="$(realpath -m "$1")"
+[[ $# -ge 1 && "$1" != -* ]] || { sed -n '2,8p' "$0" >&2; exit 2; }
+out="$(realpath -m -- "$1")"
 shift
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec "$PYTHON" -m benchmarks.gpu_lab "$out" "$@"

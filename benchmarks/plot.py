@@ -249,7 +249,10 @@ def main() -> int:
     if not arguments.results.is_dir():
         parser.error(f"--results must be a folder, got {arguments.results}")
     devices = [arguments.device] if arguments.device else ["cpu", "cuda"]
-    paths = [path for device in devices for path in draw(arguments.results, device)]
+    try:
+        paths = [path for device in devices for path in draw(arguments.results, device)]
+    except ValueError as error:
+        parser.error(str(error))
     print(*paths, sep="\n")
     return 0 if paths else 1
 

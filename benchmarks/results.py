@@ -6,6 +6,7 @@ import csv
 import datetime
 import importlib.metadata
 import io
+import math
 import os
 import platform
 import statistics
@@ -19,6 +20,7 @@ FOLDER = Path(os.environ.get("HMT_BENCH_RESULTS") or Path(__file__).parent / "re
 # rows that agree in all of these are the same quantity, measured again
 KEY = ("benchmark", "workload", "metric", "provider")
 MEASURED = ("value", "p20", "p80", "rounds", "unit", "ratio", "ratio_to", "goal", "bytes", "flops", "roofline")
+NUMBERS = ("value", "p20", "p80", "rounds", "ratio", "bytes", "flops", "roofline")
 PROVENANCE = ("device", "threads", "torch", "transformers", "python", "commit", "date")
 COLUMNS = (*KEY, *MEASURED, *PROVENANCE)
 SHOWN = ("workload", "metric", "provider", "value", "p20", "p80", "unit", "ratio", "goal", "roofline")
@@ -142,12 +144,26 @@ def write_file(path: Path, text: str) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of one CSV of a benchmark. Raises ValueError if it is none."""
-    rows = read_rows(path)
-    missing = [column for column in (*KEY, "value", "unit") if not rows or column not in rows[0]]
-    if missing:
-        raise ValueError(f"{path} is not a table of benchmarks: it has no column {', '.join(missing)}")
+    """The rows of one CSV of a benchmark. Raises ValueError if it is none, or damaged."""
+    with path.open(newline="") as file:
+        table = csv.DictReader(file)
+        missing = [column for column in (*KEY, "value", "unit") if column not in (table.fieldnames or ())]
+        if missing:
+            raise ValueError(f"{path} is not a table of benchmarks: it has no column {', '.join(missing)}")
+        rows = []
+        for row in table:
+            if None in row or None in row.values() or not all(is_number(row.get(name, "")) for name in NUMBERS):
+                raise ValueError(f"{path} is damaged at line {table.line_num}: {','.join(map(str, row.values()))}")
+            rows.append(row)
     return rows
+
+
+def is_number(text: str) -> bool:
+    """Whether a cell is empty or a finite number."""
+    try:
+        return not text or math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -6,6 +6,7 @@ them alike; a ratio is the median over rounds of a setting's time over the defau
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 from typing import Any
 
@@ -43,6 +44,7 @@ def measure(workload: str) -> list[results.Row]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m benchmarks.tune_model", description=__doc__).parse_args()
     rows = [row for workload in SETTINGS for row in measure(workload)]
     results.write(f"model_settings_{DEVICE}", rows)
     print(*results.table(rows), sep="\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from safetensors.torch import save
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import CONFIG_NAME
 
-from hmt.backbone import unwrap
+from hmt.backbone import load_weights, unwrap
 from hmt.model import HMTForCausalLM
 from hmt.state_file import digest_of, digest_of_fields, write_whole
 
@@ -81,9 +83,15 @@ def save_adapter(
 
     Args:
         backbone: directory or hub name for `load_adapter` of what was trained on: a language model, or an HMT or
-            adapter, of which the backbone is used.
+            adapter, of which the backbone is used. A directory is remembered from the root.
         dtype: of the numbers in the file, torch.bfloat16 for one of half the size; None keeps the model's.
+
+    Raises:
+        ValueError: a directory that `check_directory` refuses.
     """
+    check_directory(directory, backbone)
+    if Path(backbone).is_dir():
+        backbone = os.path.abspath(backbone)
     named = dict(model.named_parameters())
     tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in named.items() if p.requires_grad}
     scales = {name: m.scaling["default"] for name, m in model.named_modules() if hasattr(m, "lora_A")}
@@ -110,7 +118,8 @@ def load_adapter(
         settings: fields of `HMTConfig` to read with, in place of those in the file.
 
     Raises:
-        ValueError: a damaged or foreign file, or one that does not fit the backbone, with the reason.
+        ValueError: a damaged or foreign file, or one that does not fit the backbone, with the reason; a directory on
+            the way to its backbone that is gone.
     """
     path = Path(directory) / FILE
     tensors, metadata = _read(path)
@@ -119,11 +128,11 @@ def load_adapter(
         if settings.get(key, stored[key]) != stored[key]:
             raise ValueError(f"{key} of the adapter {str(path)!r} is {stored[key]!r} and cannot be changed")
     if backbone is None:
-        name = metadata["backbone"]
+        name = bases(directory)[1]
         base = (
             load_adapter(name, dtype=dtype)
             if is_adapter(name)
-            else AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+            else load_weights(AutoModelForCausalLM, name, dtype=dtype)
         )
         backbone = base.backbone if isinstance(base, HMTForCausalLM) else base
     _merge(backbone, tensors, metadata["lora"], path)
@@ -139,18 +148,62 @@ def load_adapter(
     return model
 
 
+def check_directory(directory: str | Path, backbone: str) -> None:
+    """Before long work: can an adapter of this backbone be written there?
+
+    Raises:
+        ValueError: a directory of what the adapter needs, or of a whole model.
+    """
+    if Path(directory).resolve() in (Path(name).resolve() for name in bases(backbone)):
+        raise ValueError(f"an adapter of {backbone!r} must go to another folder than what it needs: {str(directory)!r}")
+    if (Path(directory) / CONFIG_NAME).is_file():
+        raise ValueError(f"an adapter must go to another folder than that of a whole model: {str(directory)!r}")
+
+
 def is_adapter(directory: str | Path) -> bool:
-    """Whether `save_adapter` has written into this directory."""
-    return (Path(directory) / FILE).is_file()
+    """Whether `save_adapter` has written into this directory.
+
+    Raises:
+        ValueError: a directory that holds a whole model as well: which of the two is meant, nobody knows.
+    """
+    if not (Path(directory) / FILE).is_file():
+        return False
+    if (Path(directory) / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"{str(directory)!r} must hold a whole model or an adapter, but has both {CONFIG_NAME} and {FILE}: "
+            "move one of them to a folder of its own"
+        )
+    return True
 
 
-def backbone_of(directory: str | Path) -> str:
-    """Directory or hub name of what an adapter was trained on.
+def settings_of(directory: str | Path) -> dict[str, Any]:
+    """How an adapter reads: fields of `HMTConfig`.
 
     Raises:
         ValueError: a damaged or foreign file, with the reason.
     """
-    return _read(Path(directory) / FILE)[1]["backbone"]
+    return _read(Path(directory) / FILE)[1]["settings"]
+
+
+def bases(name: str | Path) -> list[str]:
+    """What a model is made of: its directory, that of what this adapter was trained on, and so on to what is none.
+
+    Raises:
+        ValueError: a damaged or foreign file, with the reason; adapters trained on each other; a directory that is
+            gone.
+    """
+    found = [str(name)]
+    while is_adapter(found[-1]):
+        below = _read(Path(found[-1]) / FILE)[1]["backbone"]
+        if Path(below).is_absolute() and not Path(below).is_dir():
+            raise ValueError(
+                f"the adapter {found[-1]!r} was trained on {below!r}, which is not there: put that model there again, "
+                "or give it to load_adapter as backbone="
+            )
+        if Path(below).resolve() in (Path(other).resolve() for other in found):
+            raise ValueError(f"adapters must end in a language model, but {', '.join([*found, below])} go round")
+        found.append(below)
+    return found
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

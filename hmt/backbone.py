@@ -20,6 +20,21 @@ def unwrap(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def load_weights(model_class: Any, name: str, **options: Any) -> Any:
+    """`from_pretrained` that takes no random numbers for weights that the files lack.
+
+    Raises:
+        ValueError: weights are missing.
+    """
+    model, report = model_class.from_pretrained(name, output_loading_info=True, **options)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{name!r} must hold all weights of {type(model).__name__}, but lacks {len(missing)}, such as {missing[0]} "
+            "(a checkpoint of a LoRA training is there to be resumed; what can be read with is written at its end)"
+        )
+    return model
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer and nothing else: no hooks, no LoRA, no other forward, no special weights."""
     parts = vars(module)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 import torch
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import TextStreamer
 from transformers.utils import logging as transformers_logging
 
 from hmt.cli_evaluate import add_evaluate
-from hmt.cli_train import add_train, positive
+from hmt.cli_train import add_train, non_negative, positive
 from hmt.config import MODES
 from hmt.loading import Loaded, encode_file, load
 from hmt.profiling import profile_pass
@@ -33,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     try:
         return arguments.run(arguments)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except BrokenPipeError:  # who read the output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing it would fail once more
+        return 1
+    except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
         print(f"hmt: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -67,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_text_options(command)
     command.add_argument("--prompt", help="text to add after FILE, for example a question about it")
     command.add_argument("--max-new-tokens", type=positive, default=100, metavar="N", help="default 100")
-    command.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    command.add_argument("--temperature", type=non_negative, default=0.0, help="0 (default) takes the likeliest token")
     command.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     command.set_defaults(run=_generate)
 
@@ -100,7 +105,7 @@ def _add_text_options(command: argparse.ArgumentParser, *, timed: bool = True) -
     command.add_argument("--model", required=True, help="directory or hub name of a causal language model or saved HMT")
     command.add_argument("--max-tokens", type=positive, metavar="N", help="read only the first N tokens of FILE")
     if timed:
-        command.add_argument("--max-seconds", type=float, metavar="S", help="stop reading after about S seconds")
+        command.add_argument("--max-seconds", type=non_negative, metavar="S", help="stop reading after about S seconds")
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU")
     command.add_argument("--device", help="for example cpu or cuda:0 (default: a GPU when there is one)")
     _add_memory_options(command)
@@ -159,6 +164,8 @@ def summary_line(total: Score, device: torch.device) -> str:
 
 def _score(arguments: argparse.Namespace) -> int:
     loaded, ids = _load(arguments)
+    if ids.shape[1] < 2:
+        raise ValueError("FILE must hold at least two tokens to be scored, of which the second is predicted, got one")
     total = score_with_progress(loaded, ids, arguments.every, arguments.max_seconds)
     print(summary_line(total, loaded.model.device))
     return 0

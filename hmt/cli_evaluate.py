@@ -13,12 +13,13 @@ from tqdm.auto import tqdm
 
 from hmt import evaluation, needle, qa, recall_map
 from hmt.cli_train import DATA_HELP, add_data_options, positive
-from hmt.config import MODES
+from hmt.config import MODES, HMTConfig
 from hmt.data import Document, load_documents
-from hmt.loading import Loaded, load
+from hmt.loading import Loaded, load, stored_settings
+from hmt.modes import check_mode
 from hmt.recipes import RECIPES
 from hmt.records import read_records
-from hmt.reports import write_report
+from hmt.reports import check_report, write_report
 
 READINGS = (*MODES, "hmt-causal")
 MODE_HELP = "default: each model's own; repeat for several. hmt-causal recalls by the previous segment: no later token"
@@ -74,6 +75,7 @@ def add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    _check(arguments)
     found, draw = RUNS[arguments.task](arguments)
     if arguments.output:
         write_report(found, arguments.output, draw)
@@ -81,17 +83,31 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse before long work what would be refused in its middle or at its end."""
+    if arguments.output:
+        check_report(arguments.output)
+    lengths = set()
+    for name in arguments.model:
+        stored = stored_settings(name)
+        lengths.add(arguments.segment_length or stored.get("segment_length", HMTConfig.segment_length))
+        own = stored.get("mode", HMTConfig.mode)
+        for mode in arguments.mode or [own]:
+            kind = mode.partition("-")[0]
+            check_mode(kind, own)
+            if arguments.task == "recall-map" and kind != "hmt":
+                raise ValueError(f"--mode must be hmt or hmt-causal for a recall map, got {mode!r}: it recalls nothing")
+    if len(lengths) > 1:
+        raise ValueError(f"--segment-length must be given for models of different segments, got {sorted(lengths)}")
+
+
 def _readings(arguments: argparse.Namespace) -> Iterator[Reading]:
     """Every model in every mode that is asked for; a model is loaded when its turn comes."""
     names = ("segment_length", "num_sensory")
     settings = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    lengths = set()
     for name in arguments.model:
         loaded = load(name, dtype=dtype, device=arguments.device, **settings)
-        lengths.add(loaded.model.config.segment_length)
-        if len(lengths) > 1:
-            raise ValueError(f"--segment-length must be given for models of different segments, got {sorted(lengths)}")
         for mode in arguments.mode or [loaded.model.config.mode]:
             kind, _, causal = mode.partition("-")
             label = mode if len(arguments.model) == 1 else f"{name} ({mode})"
@@ -205,9 +221,7 @@ def _qa(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 def _recall_map(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     ages: dict[str, list[torch.Tensor]] = {}
     length = 0
-    for label, loaded, mode, source in _readings(arguments):
-        if mode != "hmt":
-            raise ValueError(f"--mode must be hmt or hmt-causal for a recall map, got {label!r}, which recalls nothing")
+    for label, loaded, _, source in _readings(arguments):
         length = loaded.model.config.segment_length
         ages[label] = []
         for document in _documents(arguments, loaded):

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import math
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hmt.adapters import TRAINABLE, save_adapter, select
+from hmt.adapters import TRAINABLE, check_directory, is_adapter, save_adapter, select
 from hmt.data import Document, join_documents, load_documents, split_documents
 from hmt.loading import load
 from hmt.recipes import RECIPES
 from hmt.remat import checkpoint_layers
+from hmt.state_file import write_whole
 from hmt_kernels.info import allocator
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 RECIPE = "hmt_recipe.json"
+DATA_DIGEST = "data_sha256"  # of all tokens, in a recipe
+# what may change where a training is resumed
+FREE = ("run", "resume", "output", "log_every", "save_every", "tensorboard", "cuda_graphs", "compile_layers")
 ALLOCATOR_NOTE = (
     "Note: glibc's malloc leaves holes in memory; on a CPU, training takes about 0.6 times as much beyond "
     "the model with mimalloc (LD_PRELOAD=libmimalloc.so.2 hmt train ...; Debian's libmimalloc2.0)."
@@ -42,6 +50,14 @@ def positive(text: str) -> int:
     return value
 
 
+def non_negative(text: str) -> float:
+    """An option that must be a finite number of at least 0."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
+    return value
+
+
 def add_train(commands: Any, add_memory_options: Any) -> None:
     """Add `hmt train` to the subcommands."""
     command = commands.add_parser(
@@ -58,19 +74,24 @@ def add_train(commands: Any, add_memory_options: Any) -> None:
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint in DIR, if there is one")
     data = command.add_argument_group("data")
     add_data_options(data, "train")
-    data.add_argument("--eval", metavar="DATA", help="evaluate on this as well; of a hub data set, on --eval-split")
+    held_out = data.add_mutually_exclusive_group()
+    held_out.add_argument("--eval", metavar="DATA", help="evaluate on this as well; of a hub data set, on --eval-split")
     data.add_argument("--eval-split", default="validation", metavar="NAME", help="default validation")
-    data.add_argument("--eval-fraction", type=float, metavar="F", help="or hold back this part of DATA for it")
+    held_out.add_argument("--eval-fraction", type=float, metavar="F", help="or hold back this part of DATA for it")
     data.add_argument("--across-documents", action="store_true", help="let examples reach from one text into the next")
     steps = command.add_argument_group("optimization")
-    steps.add_argument("--learning-rate", type=float, default=1e-5, metavar="R", help="of the backbone (default 1e-5)")
-    steps.add_argument("--memory-learning-rate", type=float, metavar="R", help="of the memory (default: the same)")
+    steps.add_argument(
+        "--learning-rate", type=non_negative, default=1e-5, metavar="R", help="of the backbone (default 1e-5)"
+    )
+    steps.add_argument(
+        "--memory-learning-rate", type=non_negative, metavar="R", help="of the memory (default: the same)"
+    )
     steps.add_argument("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="after the warm-up")
     steps.add_argument("--decay", type=float, default=0.1, metavar="F", help="exponential: part left at the end (0.1)")
     steps.add_argument("--warmup-steps", type=int, default=0, metavar="N")
-    steps.add_argument("--weight-decay", type=float, default=0.0, metavar="W")
+    steps.add_argument("--weight-decay", type=non_negative, default=0.0, metavar="W")
     steps.add_argument(
-        "--max-grad-norm", type=float, default=1.0, metavar="G", help="gradients are clipped to it (1.0)"
+        "--max-grad-norm", type=non_negative, default=1.0, metavar="G", help="gradients are clipped to it (1.0)"
     )
     steps.add_argument("--batch-size", type=positive, default=1, metavar="B", help="examples at a time (default 1)")
     steps.add_argument(
@@ -100,7 +121,7 @@ def add_train(commands: Any, add_memory_options: Any) -> None:
     log.add_argument("--save-every", type=positive, default=100, metavar="N", help="steps (default 100)")
     log.add_argument("--tensorboard", action="store_true", help="write logs for TensorBoard into DIR/runs as well")
     add_memory_options(command)
-    command.set_defaults(run=_train)
+    command.set_defaults(run=partial(_train, command))
 
 
 def add_data_options(group: Any, split: str) -> None:
@@ -109,9 +130,9 @@ def add_data_options(group: Any, split: str) -> None:
     group.add_argument("--max-documents", type=positive, metavar="N", help="use only the first N documents")
 
 
-def _train(arguments: argparse.Namespace) -> int:
+def _train(command: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     # Trainer brings a lot with it, which the other commands need not wait for
-    from hmt.training import PAPER_STAGES, HMTTrainer, Stage, last_checkpoint
+    from hmt.training import PAPER_STAGES, HMTTrainer, KeepTokenizer, Stage, last_checkpoint
 
     stages = tuple(map(Stage.parse, arguments.stage)) if arguments.stage else PAPER_STAGES
     if arguments.mode in ("rmt", "baseline") and not arguments.stage:
@@ -124,18 +145,24 @@ def _train(arguments: argparse.Namespace) -> int:
         settings["cuda_graphs"] = True
     if arguments.compile_layers:
         settings["compile_layers"] = True
-    if arguments.what != "full" and Path(arguments.model).resolve() == Path(arguments.output).resolve():
-        raise ValueError(f"--output must be another folder than --model, which it needs, got {arguments.output!r}")
+    if arguments.what != "full":
+        check_directory(arguments.output, arguments.model)
+    elif is_adapter(arguments.output):
+        raise ValueError(f"--output must be another folder for a whole model: {arguments.output!r} holds an adapter")
     torch.manual_seed(arguments.seed)
     loaded = load(arguments.model, dtype=torch.float32, device="cpu", **settings)  # Trainer moves it
     output = Path(arguments.output)
-    checkpoint = _checkpoint(output, last_checkpoint(output), arguments)
-    documents = _documents(arguments.data, loaded.tokenizer, arguments, arguments.split)
-    evaluated = None
-    if arguments.eval:
-        evaluated = _documents(arguments.eval, loaded.tokenizer, arguments, arguments.eval_split)
-    elif arguments.eval_fraction is not None:
-        documents, evaluated = split_documents(documents, arguments.eval_fraction)
+    checkpoint = last_checkpoint(output)
+    if checkpoint is not None and not arguments.resume:
+        raise ValueError(f"--output must be without checkpoints, or --resume given: {str(output)!r} has {checkpoint!r}")
+    recipe = {name: value for name, value in vars(arguments).items() if name not in FREE}
+    before = _recipe_before(output, command) if checkpoint is not None else {}
+    _check_same(recipe, before)
+    documents, evaluated = _documents_and_evaluated(arguments, loaded.tokenizer)
+    recipe[DATA_DIGEST] = _digest([*documents, *(evaluated or [])])
+    _check_same(recipe, before)
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(output / RECIPE, (json.dumps(recipe, indent=2) + "\n").encode())
     if arguments.checkpoint_layers:
         checkpoint_layers(loaded.model)
     count = select(loaded.model, arguments.what, rank=arguments.lora_rank, alpha=arguments.lora_alpha)
@@ -152,6 +179,7 @@ def _train(arguments: argparse.Namespace) -> int:
         decay=arguments.decay if arguments.schedule == "exponential" else None,
         eval_documents=evaluated,
     )
+    trainer.add_callback(KeepTokenizer(loaded.tokenizer))
     trainer.train(resume_from_checkpoint=checkpoint)
     loaded.model.config.update({"cuda_graphs": None, "compile_layers": False})  # who loads the result decides anew
     if trainer.is_world_process_zero():
@@ -193,24 +221,45 @@ def training_arguments(arguments: argparse.Namespace, evaluates: bool) -> Traini
     )
 
 
-def _checkpoint(output: Path, checkpoint: str | None, arguments: argparse.Namespace) -> str | None:
-    """Where to resume from; the recipe of a training is kept beside its checkpoints and must not change."""
-    ignored = ("run", "resume", "output", "log_every", "save_every", "tensorboard", "cuda_graphs", "compile_layers")
-    recipe = {name: value for name, value in vars(arguments).items() if name not in ignored}
+def _recipe_before(output: Path, command: argparse.ArgumentParser) -> dict[str, Any]:
+    """Options of the training that left its checkpoints in `output`; those that it did not know had their defaults."""
     file = output / RECIPE
-    if checkpoint is not None and not arguments.resume:
-        raise ValueError(f"--output must be without checkpoints, or --resume given: {str(output)!r} has {checkpoint!r}")
-    if checkpoint is not None and file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        changed = [name for name, value in recipe.items() if before.get(name) != value]
-        if changed:
-            raise ValueError(
-                "--resume must be given the same options as before, but these differ: "
-                + ", ".join(f"{name} ({before.get(name)!r}, now {recipe[name]!r})" for name in changed)
-            )
-    output.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
-    return checkpoint
+    if not file.is_file():
+        return {}
+    before = json.loads(file.read_text(encoding="utf-8"))
+    return {action.dest: action.default for action in command._actions} | before
+
+
+def _check_same(recipe: dict[str, Any], before: dict[str, Any]) -> None:
+    """Raises ValueError where a training would go on with other options or data."""
+    changed = [name for name, value in recipe.items() if before.get(name, value) != value]
+    if changed == [DATA_DIGEST]:
+        raise ValueError("--resume must be given the same data as before, but its texts or their tokens have changed")
+    if changed:
+        raise ValueError(
+            "--resume must be given the same options as before, but these differ: "
+            + ", ".join(f"{name} ({before[name]!r}, now {recipe[name]!r})" for name in changed)
+        )
+
+
+def _digest(documents: Sequence[Document]) -> str:
+    """SHA-256 of all tokens and of where documents and answers begin."""
+    digest = hashlib.sha256()
+    for ids, answer_start in documents:
+        digest.update(f"{len(ids)} {answer_start} ".encode() + ids.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _documents_and_evaluated(
+    arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Document], list[Document] | None]:
+    """What to train on, and what to evaluate on, if anything."""
+    documents = _documents(arguments.data, tokenizer, arguments, arguments.split)
+    if arguments.eval:
+        return documents, _documents(arguments.eval, tokenizer, arguments, arguments.eval_split)
+    if arguments.eval_fraction is not None:
+        return split_documents(documents, arguments.eval_fraction)
+    return documents, None
 
 
 def _documents(

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from hmt.adapters import backbone_of, is_adapter, load_adapter
+from hmt.adapters import SETTINGS, bases, is_adapter, load_adapter, settings_of
+from hmt.backbone import load_weights
 from hmt.model import HMTForCausalLM
 
 
@@ -29,30 +30,54 @@ def load(name: str, *, dtype: torch.dtype | None = None, device: str | None = No
         settings: fields of `HMTConfig`; for a saved HMT they change how it reads, not what it has learnt.
 
     Raises:
-        ValueError: a setting that a saved HMT cannot change, or a model that cannot work, with the reason.
+        ValueError: a setting that a saved HMT cannot change, a model that cannot work or lacks weights, with the
+            reason; a device that is not there.
         OSError: no such model, as transformers reports it.
 
     Example:
         >>> model, tokenizer, untrained = load("HuggingFaceTB/SmolLM2-135M", segment_length=512)
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device)
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     if is_adapter(name):
         model = load_adapter(name, dtype=dtype, **settings)
-        while is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():
-            name = backbone_of(name)  # a small adapter may come without the tokenizer
+        *adapters, base = bases(name)  # a small adapter may come without the tokenizer
+        name = next((x for x in adapters if (Path(x) / "tokenizer_config.json").is_file()), base)
         return Loaded(model.to(device).eval(), AutoTokenizer.from_pretrained(name), False)
     config = AutoConfig.from_pretrained(name)
     if config.model_type == "hmt":
         for key in ("mode", "recall_dim"):
             if settings.get(key, getattr(config, key)) != getattr(config, key):
                 raise ValueError(f"{key} of the saved model {name!r} is {getattr(config, key)!r} and cannot be changed")
-        model = HMTForCausalLM.from_pretrained(name, dtype=dtype, **settings)
+        model = load_weights(HMTForCausalLM, name, dtype=dtype, **settings)
     else:
-        backbone = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        backbone = load_weights(AutoModelForCausalLM, name, dtype=dtype)
         torch.manual_seed(0)  # untrained memory, but the same one each time
         model = HMTForCausalLM.from_backbone(backbone, **settings)
     return Loaded(model.to(device).eval(), AutoTokenizer.from_pretrained(name), config.model_type != "hmt")
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one of this machine and this PyTorch, got {device!r}: {reason}") from error
+
+
+def stored_settings(name: str) -> dict[str, Any]:
+    """Without loading any weights: the settings that a saved HMT or adapter reads with; {} for another causal LM.
+
+    Raises:
+        ValueError: a damaged adapter, with the reason.
+        OSError: no such model, as transformers reports it.
+    """
+    if is_adapter(name):
+        stored_settings(bases(name)[-1])
+        return settings_of(name)
+    config = AutoConfig.from_pretrained(name)
+    return {key: getattr(config, key) for key in SETTINGS} if config.model_type == "hmt" else {}
 
 
 def encode_file(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -62,7 +87,7 @@ def encode_file(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> torch.T
         ValueError: no such file, not UTF-8, or no token in it.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():  # a pipe is fine
         raise ValueError(f"FILE must be a text file, but there is no file {str(path)!r}")
     try:
         text = path.read_text(encoding="utf-8")

@@ -9,6 +9,12 @@ from hmt.config import MODES, SUMMARY_SOURCES
 from hmt.model import HMTForCausalLM
 
 
+def check_mode(mode: str, own: str) -> None:
+    """Raises ValueError where a model of mode `own` lacks the parameters of `mode`."""
+    if MODES.index(mode) < MODES.index(own):
+        raise ValueError(f"mode must not need more memory than the model's own mode {own!r}, got {mode!r}")
+
+
 @contextlib.contextmanager
 def reading_as(model: HMTForCausalLM, mode: str | None, summary_source: str | None = None) -> Iterator[None]:
     """The model reads in another mode inside this context; the backward pass belongs into it as well.
@@ -23,8 +29,8 @@ def reading_as(model: HMTForCausalLM, mode: str | None, summary_source: str | No
     """
     config = model.config
     own = config.mode, config.summary_source
-    if mode is not None and MODES.index(mode) < MODES.index(config.mode):
-        raise ValueError(f"mode must not need more memory than the model's own mode {config.mode!r}, got {mode!r}")
+    if mode is not None:
+        check_mode(mode, config.mode)
     if summary_source is not None and summary_source not in SUMMARY_SOURCES:
         raise ValueError(f"summary_source must be one of {SUMMARY_SOURCES}, got {summary_source!r}")
     config.mode, config.summary_source = mode or own[0], summary_source or own[1]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from hmt.model import HMTForCausalLM
+from hmt.state_file import check_folder, replacing
 
 WHOLE = "hmt.pass"
 PARTS = ("summary", "recall", "main", "head", "loss")
@@ -46,7 +47,12 @@ def profile_pass(model: HMTForCausalLM, input_ids: Tensor, trace: str | Path | N
     """Score ids [1, T] once to warm up, once for its time and once under the profiler; write a chrome trace to `trace`.
 
     On CUDA the parts are times of the GPU, elsewhere of the CPU.
+
+    Raises:
+        ValueError: a trace in a folder that is not there, before anything is read.
     """
+    if trace is not None:
+        check_folder(trace)
     cuda = input_ids.is_cuda
 
     def score() -> float:
@@ -73,6 +79,7 @@ def profile_pass(model: HMTForCausalLM, input_ids: Tensor, trace: str | Path | N
     total = seconds(WHOLE)
     parts["other"] = max(0.0, total - sum(parts.values()))
     if trace is not None:
-        profiler.export_chrome_trace(str(trace))
+        with replacing(Path(trace)) as partial:  # the profiler writes nothing, and says nothing, where it cannot
+            profiler.export_chrome_trace(str(partial))
     num_segments = -(-input_ids.shape[1] // model.config.segment_length)
     return Profile(parts, total, unprofiled, num_segments, input_ids.shape[1])

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,19 +115,35 @@ def _digest_of_metadata(metadata: dict[str, str]) -> str:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Put data into a file that is complete at any moment: written beside it, on disk, then renamed."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    """Put data into a file that is complete at any moment."""
+    with replacing(path) as partial:
+        partial.write_bytes(data)
+
+
+def check_folder(path: str | Path) -> None:
+    """Raises ValueError where the file `path` could not be written because there is no folder for it."""
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"the file to write must be in a folder that is there and be none itself, got {str(path)!r}")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; what is there in the end takes the place of `path`, on disk and all at once."""
+    target = Path(os.path.realpath(path))  # of a link, where it leads
+    partial = target.with_name(f".{secrets.token_hex(8)}.partial")
     try:
-        with partial.open("xb") as file:
-            file.write(data)
-            file.flush()
+        yield partial
+        with partial.open("rb+") as file:
             os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
+        partial.replace(target)
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(partial):
+            error.filename = str(path)  # what the user knows it by
         raise
     if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
+        folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hmt.config import MODES
 from hmt.data import Document, pad_batch, window_example, windows
@@ -268,6 +269,20 @@ class HMTTrainer(Trainer):
             self._clock = (now, seen)
             logs["segments"] = self.plan[self.state.global_step - 1][0]
         super().log(logs)
+
+
+class KeepTokenizer(TrainerCallback):
+    """Puts a tokenizer into every checkpoint, so that it can be read with.
+
+    Trainer's own processing_class would also change the model's special tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        if state.is_world_process_zero:
+            self.tokenizer.save_pretrained(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def last_checkpoint(directory: str | Path) -> str | None:

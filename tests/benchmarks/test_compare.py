@@ -77,6 +77,21 @@ def test_what_cannot_be_compared_is_an_error(tmp_path):
         results.read(tmp_path / "b.csv")
 
 
+@pytest.mark.parametrize("value", ["nan", "fast", "100,1"], ids=["nan", "text", "cells"])
+def test_damaged_rows_are_no_verdict(value, tmp_path):
+    results.write_csv(tmp_path / "a.csv", results.COLUMNS, rows(hmt=(100,)))
+    text = (tmp_path / "a.csv").read_text()
+    (tmp_path / "b.csv").write_text(text.replace(",100,", f",{value},"))
+    command = [sys.executable, "-m", "benchmarks.compare", tmp_path / "a.csv", tmp_path / "b.csv"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "b.csv is damaged at line 2" in done.stderr
+
+
+def test_what_took_nothing_is_not_infinitely_worse():
+    assert compare.compare(rows(hmt=(0,)), rows(hmt=(0,)), 0.05)[0].name == "same"
+    assert compare.compare(rows(hmt=(0,)), rows(hmt=(100,)), 0.05)[0].name == "slower"
+
+
 def test_other_machines_and_lost_rows_are_named():
     before = rows(hmt=(100,), hmt_kernels=(100,))
     after = [row | {"device": "another"} for row in rows(hmt=(100,))]

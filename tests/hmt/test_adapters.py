@@ -10,6 +10,7 @@ from backbones import VOCAB, backbone, hmt_model
 from safetensors.torch import save_file
 
 from hmt.adapters import FILE, load_adapter, save_adapter, select
+from hmt.loading import load
 
 OWN = {"memory", "summary_prompt", "recall.wq.weight", "recall.wk.weight"}
 
@@ -86,6 +87,46 @@ def test_an_adapter_of_what_has_been_trained_before(first: str, tmp_path: Path) 
     loaded = load_adapter(tmp_path / "second").eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=5e-5, rtol=1e-4)
+
+
+def test_adapters_on_each_other_are_refused(tmp_path: Path) -> None:
+    backbone().save_pretrained(tmp_path / "base")
+    model = hmt_model()
+    select(model, "memory")
+    save_adapter(model, tmp_path / "first", str(tmp_path / "base"))
+    save_adapter(model, tmp_path / "second", str(tmp_path / "first"))
+    for name in ("first", "second", "base"):
+        with pytest.raises(ValueError, match="must go to another folder than"):
+            save_adapter(model, tmp_path / name, str(tmp_path / "second"))
+    save_adapter(model, tmp_path / "third", str(tmp_path / "second"))
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"was trained on '.*base', which is not there"):
+        load_adapter(tmp_path / "second")
+    (tmp_path / "third").rename(tmp_path / "base")
+    with pytest.raises(ValueError, match="adapters must end in a language model"):
+        load_adapter(tmp_path / "second")
+
+
+def test_a_folder_of_both_an_adapter_and_a_model_is_refused(tmp_path: Path) -> None:
+    model = hmt_model()
+    select(model, "memory")
+    save_adapter(model, tmp_path, "nowhere")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must hold a whole model or an adapter, but has both"):
+        load(str(tmp_path))
+    with pytest.raises(ValueError, match="must go to another folder than that of a whole model"):
+        save_adapter(model, tmp_path, "nowhere")
+
+
+def test_a_backbone_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone().save_pretrained(tmp_path / "base")
+    model = hmt_model()
+    select(model, "memory")
+    monkeypatch.chdir(tmp_path)
+    save_adapter(model, "small", "base")
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    assert load_adapter(tmp_path / "small").config.segment_length == model.config.segment_length
 
 
 def test_an_adapter_in_bfloat16_is_half_the_size_and_reads_the_same(tmp_path: Path) -> None:

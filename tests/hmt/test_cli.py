@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hmt import HMTForCausalLM
 from hmt.cli import main
@@ -66,6 +71,20 @@ def test_limits_stop_reading(model_dir: Path, text_file: Path, capsys) -> None:
     assert "read 100 tokens" in capsys.readouterr().out
     assert main(["score", str(text_file), "--model", str(model_dir), "--max-seconds", "0", *SMALL]) == 0
     assert "read 128 tokens" in capsys.readouterr().out  # one step of four segments is never cut
+
+
+def test_pipes(model_dir: Path, text_file: Path) -> None:
+    """A text may come out of one, and nobody may want to see all that is printed."""
+    call = "import sys; from hmt.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", call, "score", "/dev/stdin", "--model", str(model_dir), "--every", "64", *SMALL]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as closed:
+        done = subprocess.run(command, input=TEXT.encode(), stdout=closed, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert b"reading" in done.stderr and b"Error" not in done.stderr and b"Broken" not in done.stderr
+    done = subprocess.run(command, input=TEXT.encode(), capture_output=True)
+    assert done.returncode == 0 and f"read {len(TEXT):,} tokens".encode() in done.stdout
 
 
 def test_generate_continues_the_text(model_dir: Path, text_file: Path, capsys) -> None:
@@ -127,19 +146,53 @@ def test_a_saved_hmt_keeps_its_settings(model_dir: Path, text_file: Path, tmp_pa
         (["score", "TEXT", "--model", "MODEL", "--segment-length", "4", "--num-sensory", "5"], "num_sensory"),
         (["score", "TEXT", "--model", "MODEL", "--num-sensory", "-1"], "num_sensory"),
         (["generate", "TEXT", "--model", "EMPTY"], "hmt: error"),
+        (["score", "TEXT", "--model", "MODEL", "--max-tokens", "1"], "at least two tokens"),
+        (["score", "TEXT", "--model", "MODEL", "--device", "gpu"], "device must be one of this machine"),
+        (["score", "TEXT", "--model", "MODEL", "--device", "cuda:99"], "device must be one of this machine"),
+        (["score", "TEXT", "--model", "DAMAGED"], "hmt: error"),
+        (["score", "TEXT", "--model", "INCOMPLETE"], "must hold all weights of LlamaForCausalLM, but lacks 1"),
+        (["profile", "TEXT", "--model", "MODEL", "--trace", "nowhere/trace.json"], "must be in a folder that is there"),
     ],
-    ids=["no-file", "binary", "empty", "sensory", "negative", "no-model"],
+    ids=[
+        "no-file",
+        "binary",
+        "empty",
+        "sensory",
+        "negative",
+        "no-model",
+        "one-token",
+        "device",
+        "no-gpu",
+        "damaged",
+        "incomplete",
+        "no-folder",
+    ],
 )
 def test_mistakes_are_explained(arguments: list[str], message: str, model_dir, text_file, tmp_path, capsys) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x9f")
     (tmp_path / "empty").write_text("")
     names = {"MODEL": model_dir, "TEXT": text_file, "BINARY": tmp_path / "binary", "EMPTY": tmp_path / "empty"}
+    for name in ("DAMAGED", "INCOMPLETE"):
+        names[name] = shutil.copytree(model_dir, tmp_path / name)
+    weights = tmp_path / "DAMAGED" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    weights = tmp_path / "INCOMPLETE" / "model.safetensors"
+    save_file(dict(list(load_file(weights).items())[:-1]), weights, {"format": "pt"})
     assert main([str(names.get(a, a)) for a in arguments]) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["read"], ["score"], ["score", "x"], ["score", "x", "--model", "y", "--every", "0"]]
+    "arguments",
+    [
+        [],
+        ["read"],
+        ["score"],
+        ["score", "x"],
+        ["score", "x", "--model", "y", "--every", "0"],
+        ["score", "x", "--model", "y", "--max-seconds", "nan"],
+        ["generate", "x", "--model", "y", "--temperature", "-1"],
+    ],
 )
 def test_usage_errors_exit_with_two(arguments: list[str], capsys) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -8,8 +8,10 @@ import re
 from pathlib import Path
 
 import pytest
+from backbones import hmt_model
 from transformers import logging as transformers_logging
 
+from hmt import cli_evaluate
 from hmt.cli import main
 from hmt.data import load_documents
 from hmt.evaluation import read_curve
@@ -137,14 +139,35 @@ def test_models_of_different_segments_are_not_compared(model_dir: Path, texts: P
         (["TEXTS", "--task", "needle", "--distances", "1;2"], "--distances must be numbers with commas between"),
         (["TEXTS", "--task", "needle", "--distances", "99"], "the text must have"),
         (["TEXTS", "--task", "recall-map", "--mode", "rmt"], "--mode must be hmt or hmt-causal for a recall map"),
+        (["TEXTS", "--output", "nowhere/curve.json"], "must be in a folder that is there"),
+        (["TEXTS", "--output", "curve.png"], "must be a JSON file"),
+        (["TEXTS", "--model", "EMPTY"], "hmt: error"),
+        (["TEXTS", "--model", "RMT", "--mode", "hmt"], "must not need more memory than the model's own mode 'rmt'"),
         (["recipe:qasper", "--split", "train"], "the split of recipe:qasper must be one of test, got 'train'"),
     ],
-    ids=["no-data", "no-questions", "questions", "distances", "short", "no-recall", "split"],
+    ids=[
+        "no-data",
+        "no-questions",
+        "questions",
+        "distances",
+        "short",
+        "no-recall",
+        "no-folder",
+        "picture",
+        "no-model",
+        "less-memory",
+        "split",
+    ],
 )
-def test_mistakes_are_explained(arguments: list[str], message: str, model_dir, texts, tmp_path, capsys) -> None:
+def test_mistakes_are_explained(arguments, message, model_dir, texts, tmp_path, monkeypatch, capsys) -> None:
+    """Whatever can be known before anything is read."""
     questions = tmp_path / "questions.jsonl"
     questions.write_text(json.dumps(QUESTIONS[0]), encoding="utf-8")
-    names = {"TEXTS": texts, "QUESTIONS": questions}
+    hmt_model(mode="rmt").save_pretrained(tmp_path / "rmt")
+    names = {"TEXTS": texts, "QUESTIONS": questions, "RMT": tmp_path / "rmt", "EMPTY": tmp_path / "empty"}
+    (tmp_path / "empty").mkdir()
+    if "--output" in arguments or "--model" in arguments:
+        monkeypatch.setattr(cli_evaluate, "load", None)
     assert main(["evaluate", *(str(names.get(a, a)) for a in arguments), "--model", str(model_dir), *SETTINGS]) == 2
     assert message in capsys.readouterr().err
 

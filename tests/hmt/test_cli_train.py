@@ -5,19 +5,19 @@ from __future__ import annotations
 import functools
 import json
 import re
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import logging as transformers_logging
 from transformers import modeling_utils
+from transformers.utils import CONFIG_NAME
 
 from hmt import capture, cli_train, compiled_layers
 from hmt.adapters import FILE
 from hmt.cli import main
+from hmt.cli_train import DATA_DIGEST, RECIPE
 from hmt.layer_graphs import LayerGraph
 from hmt.loading import load
 
@@ -107,6 +107,15 @@ def test_resume_goes_on_with_the_same_recipe_only(model_dir: Path, texts: Path, 
     assert "--resume given" in capsys.readouterr().err
     assert main([*command, "--resume", "--warmup-steps", "1"]) == 2
     assert "these differ: warmup_steps (0, now 1)" in capsys.readouterr().err
+    kept = texts.read_text(encoding="utf-8")
+    texts.write_text(kept.replace("truth", "lie"), encoding="utf-8")
+    assert main([*command, "--resume"]) == 2
+    assert "its texts or their tokens have changed" in capsys.readouterr().err
+    texts.write_text(kept, encoding="utf-8")
+    recipe = json.loads((out / RECIPE).read_text())
+    for name in ("checkpoint_layers", DATA_DIGEST):  # as a version wrote it that knew neither
+        del recipe[name]
+    (out / RECIPE).write_text(json.dumps(recipe))
     assert main([*command, "--resume"]) == 0
     assert (out / FILE).read_bytes() == finished
 
@@ -120,7 +129,7 @@ def test_hub_data_sets_are_asked_for_their_splits(
         asked.append((name, config, split))
         return iter([{"body": SENTENCE}, {"body": SENTENCE[3:]}, {"body": 0}])
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", load_dataset)
     data = ["hub:some/books:large", "--model", str(model_dir), "--text-field", "body", "--max-documents", "2"]
     train = ["train", *data, "--output", str(tmp_path / "out"), "--eval", "hub:some/books", "--stage", "1:2", *SMALL]
     assert main(train) == 0
@@ -146,10 +155,20 @@ def test_mistakes_are_explained(arguments: list[str], message: str, model_dir, t
     assert message in capsys.readouterr().err
 
 
-def test_numbers_below_one_are_usage_errors(capsys) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch-size", "0"], "must be at least 1, got 0"),
+        (["--learning-rate", "nan"], "must be a number of at least 0, got nan"),
+        (["--max-grad-norm", "-1"], "must be a number of at least 0, got -1"),
+        (["--eval", "x", "--eval-fraction", "0.1"], "not allowed with argument --eval"),
+    ],
+    ids=["zero", "nan", "negative", "two-evaluations"],
+)
+def test_usage_errors(options: list[str], message: str, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["train", "x", "--model", "y", "--output", "z", "--batch-size", "0"])
-    assert "must be at least 1, got 0" in capsys.readouterr().err
+        main(["train", "x", "--model", "y", "--output", "z", *options])
+    assert message in capsys.readouterr().err
 
 
 def test_help(capsys) -> None:
@@ -171,8 +190,40 @@ def test_says_which_allocator_takes_less_memory(allocator, noted, model_dir, tex
 def test_an_adapter_over_its_own_model_is_refused(model_dir: Path, texts: Path, capsys) -> None:
     arguments = ["train", str(texts), "--model", str(model_dir), "--output", str(model_dir), *SMALL, "--stage", "1:2"]
     assert main(arguments) == 2
-    assert "--output must be another folder than --model" in capsys.readouterr().err
+    assert "must go to another folder than what it needs" in capsys.readouterr().err
     assert not (model_dir / FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "other", "message"), [("full", FILE, "holds an adapter"), ("memory", CONFIG_NAME, "whole model")]
+)
+def test_a_result_beside_one_of_another_kind_is_refused(what, other, message, model_dir, texts, tmp_path, capsys):
+    """Only one of them could be loaded again."""
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / other).write_text("{}")
+    arguments = ["train", str(texts), "--model", str(model_dir), "--output", str(output), *SMALL, "--stage", "1:2"]
+    assert main([*arguments, "--what", what]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == [other]
+
+
+@pytest.mark.parametrize("what", ["memory", "lora", "full"])
+def test_checkpoints_can_be_read_with(what: str, model_dir: Path, texts: Path, tmp_path: Path, capsys) -> None:
+    if what == "lora":
+        pytest.importorskip("peft")
+    out = tmp_path / "out"
+    arguments = ["train", str(texts), "--model", str(model_dir), "--output", str(out), *SMALL, "--stage", "2:2"]
+    assert main([*arguments, "--save-every", "2", "--what", what]) == 0
+    (tmp_path / "text.txt").write_text(SENTENCE, encoding="utf-8")
+    status = main(["score", str(tmp_path / "text.txt"), "--model", str(out / "checkpoint-2"), "--device", "cpu"])
+    printed = capsys.readouterr()
+    assert status == (2 if what == "lora" else 0)
+    assert ("is there to be resumed" if what == "lora" else "perplexity") in printed.err + printed.out
+    if what != "lora":
+        at_the_end, at_the_checkpoint = (load(str(x), device="cpu").model for x in (out, out / "checkpoint-2"))
+        for name, value in at_the_end.named_parameters():
+            assert torch.equal(at_the_checkpoint.get_parameter(name), value), name
 
 
 def test_bfloat16_needs_no_gpu(model_dir: Path, texts: Path, tmp_path: Path) -> None:

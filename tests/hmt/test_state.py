@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,23 @@ def _rewrite(path: Path, drop: str | None = None, change: str | None = None, **m
 def test_a_missing_file_is_an_oserror(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="nothing"):
         HMTState.load(tmp_path / "nothing")
+
+
+def test_a_file_that_cannot_be_written_is_named_as_given(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere" / "state"
+    with pytest.raises(FileNotFoundError, match=re.escape(repr(str(path)))):
+        hmt_model().read(token_ids(1, 40)).save(path)
+
+
+def test_links_and_long_names_are_written_to(tmp_path: Path) -> None:
+    state = hmt_model().read(token_ids(1, 40))
+    target, link = tmp_path / ("n" * 255), tmp_path / "link"
+    state.save(target)
+    link.symlink_to(target)
+    longer = hmt_model().read(token_ids(1, 70))
+    longer.save(link)
+    assert link.is_symlink()
+    assert_equal(HMTState.load(target), longer)
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])

@@ -105,6 +105,7 @@ def test_wheel_holds_the_packages_and_the_native_module(wheel: Path) -> None:
     assert len(list(wheel.glob("hmt_kernels/_C.*.so"))) == 1
     assert (wheel / "hmt" / "compat" / "wrapper.py").is_file()
     assert (wheel / "hmt_kernels" / "segment_attention" / "sdpa.py").is_file()
+    assert all((wheel / package / "py.typed").is_file() for package in ("hmt", "hmt_kernels"))
     metadata = next(wheel.glob("*.dist-info/METADATA")).read_text()
     assert "Requires-Dist: torch>=2.11" in metadata
     assert "License-Expression: Apache-2.0" in metadata
