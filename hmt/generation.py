@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from hmt.model import HMTForCausalLM
 
 
+REFUSED = ("output_hidden_states", "output_attentions", "guidance_scale", "prompt_lookup_num_tokens", "assistant_model")
+
+
 class HMTGenerationMixin(GenerationMixin):
     """generate() for a model whose only memory is an `HMTState`, passed between steps under the name `state`.
 
@@ -27,6 +30,23 @@ class HMTGenerationMixin(GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' generate(), with its options, a `state` to continue, and prompts of any length.
+
+        Raises:
+            ValueError: an option that needs what a pass does not keep (hidden states and attentions of the layers), or
+                another pass than that after `state` (guidance, assisted decoding).
+
+        Example:
+            >>> state = model.read(book_ids)
+            >>> model.generate(question_ids, state=state, max_new_tokens=100)
+        """
+        for name in REFUSED:
+            value = kwargs.get(name, getattr(generation_config or self.generation_config, name, None))
+            if value and not (name == "guidance_scale" and value == 1):
+                raise ValueError(f"generate() of HMT cannot do {name}, got {value!r:.80}")
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,

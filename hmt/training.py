@@ -236,11 +236,12 @@ class HMTTrainer(Trainer):
         if not self.is_fsdp_enabled:
             return inputs
         inputs = {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
-        return {
+        return inputs | {
             name: self.accelerator.pad_across_processes(
                 inputs[name], dim=1, pad_index=IGNORE_INDEX if "labels" in name else 0
             )
             for name in sorted(inputs)
+            if isinstance(inputs[name], Tensor)
         }
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -248,9 +249,13 @@ class HMTTrainer(Trainer):
         with self._stage():
             return super().training_step(model, *args, **kwargs)
 
-    def prediction_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not prediction_loss_only:  # with labels, a model computes no logits that nobody asks for
+            inputs = {**inputs, "logits_to_keep": 0}
         with self._stage():
-            return super().prediction_step(model, *args, **kwargs)
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
     def _stage(self) -> contextlib.AbstractContextManager[None]:
         """The mode of the step under way, or of the last one."""

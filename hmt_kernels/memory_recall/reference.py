@@ -41,7 +41,7 @@ def backward(
     if d_lse is not None:
         delta = delta - d_lse.to(u.dtype).unsqueeze(-1)
     # where, not only a product: an lse of -inf may bring a gradient that is not finite.
-    ds = torch.where(p > 0, p * (dp - delta), 0.0) * softmax_scale
+    ds = torch.where(p != 0, p * (dp - delta), 0.0) * softmax_scale
     d_query = ds @ m  # [B, Q, D]
     d_memory = p.mT @ do + ds.mT @ u  # [B, N, D], zero in dead slots because p and ds are
     return d_query.to(query.dtype), d_memory.to(memory.dtype)

@@ -92,11 +92,11 @@ def stronger_slot(m_i, slot, other_m, other_slot):
 
 @triton.jit
 def finish(m_i, l_i, slot):
-    """The divisor of acc, lse and slot of a whole result; for one that saw no live slot 1, -inf and -1."""
-    some = l_i > 0
-    l_i = tl.where(some, l_i, 1.0)
-    lse = tl.where(some, m_i + tl.log2(l_i) * LN_2, float("-inf"))
-    return l_i, lse, tl.where(some, slot, -1)
+    """The divisor of acc, lse and slot of a whole result: 1, -inf, -1 without a live slot, NaN, NaN, -1 with NaN."""
+    slot = tl.where(l_i > 0, slot, -1)
+    none = l_i == 0
+    l_i = tl.where(none, 1.0, l_i)
+    return l_i, tl.where(none, float("-inf"), m_i + tl.log2(l_i) * LN_2), slot
 
 
 @triton.jit

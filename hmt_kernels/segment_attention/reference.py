@@ -63,7 +63,7 @@ def backward(
     if dlse is not None:
         delta = delta - dlse.to(qr.dtype).unflatten(1, groups).unsqueeze(-1)
     # where, not only a product: an lse of -inf may bring a gradient that is not finite.
-    ds = torch.where(p > 0, p * (dp - delta), 0.0) * softmax_scale
+    ds = torch.where(p != 0, p * (dp - delta), 0.0) * softmax_scale
     dq = (ds @ kr).flatten(1, 2)  # [B, Hq, Tq, D]
     dk = (ds.mT @ qr).sum(dim=2)  # [B, Hkv, Tk, D]
     dv = (p.mT @ do).sum(dim=2)

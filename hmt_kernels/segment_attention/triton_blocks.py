@@ -222,9 +222,9 @@ def softmax_step(s, m_i, l_i, scale, EXP_UNIT: tl.constexpr):
 
 @triton.jit
 def finish(acc0, acc1, m_i, l_i, EXP_UNIT: tl.constexpr):
-    """o0, o1 and lse of rows; zeros and -inf where they saw no key."""
-    some = l_i > 0
-    l_i = tl.where(some, l_i, 1.0)
-    lse = tl.where(some, m_i * (EXP_UNIT * LN_2) + tl.log2(l_i) * LN_2, float("-inf"))
+    """o0, o1 and lse of rows; zeros and -inf where they saw no key, NaN where they saw one."""
+    none = l_i == 0
+    l_i = tl.where(none, 1.0, l_i)
+    lse = tl.where(none, float("-inf"), m_i * (EXP_UNIT * LN_2) + tl.log2(l_i) * LN_2)
     inverse = 1.0 / l_i
     return acc0 * inverse[:, None], acc1 * inverse[:, None], lse

@@ -76,7 +76,7 @@ def segment_attention_prepare_kernel(
         if dlse_ptr is not None:
             delta -= tl.load(dlse_ptr + row, mask=inside, other=0.0)
         lse = tl.load(lse_ptr + row, mask=inside, other=0.0)
-        some = lse > float("-inf")
+        some = lse != float("-inf")
         tl.store(stats_ptr + row, tl.where(some, lse * (LOG2_E / EXP_UNIT), float("inf")), mask=inside)
         # dlse may be anything where lse is -inf.
         tl.store(stats_ptr + heads.to(tl.int64) * q_len + row, tl.where(some, delta, 0.0), mask=inside)

@@ -199,6 +199,25 @@ def test_generation_without_cache_in_the_causal_mode_is_the_same() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("option", "given"),
+    [
+        ({"output_hidden_states": True}, "argument"),
+        ({"output_attentions": True}, "config"),
+        ({"guidance_scale": 1.5}, "argument"),
+        ({"guidance_scale": 1.5}, "config"),
+        ({"assistant_model": "x"}, "argument"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_generated_is_named(option: dict, given: str) -> None:
+    model = hmt_model()
+    settings = option if given == "argument" else {"generation_config": GenerationConfig(**option)}
+    with pytest.raises(ValueError, match=f"cannot do {next(iter(option))}"):
+        model.generate(token_ids(1, 20), max_new_tokens=2, **settings)
+    assert model.generate(token_ids(1, 20), max_new_tokens=2, guidance_scale=1.0).shape == (1, 22)
+
+
 def test_embeddings_are_refused() -> None:
     model = hmt_model()
     with pytest.raises((ValueError, TypeError), match="inputs_embeds"):

@@ -25,6 +25,7 @@ from hmt.modes import reading_as
 from hmt.training import HMTTrainer, Stage, StagedExamples, last_checkpoint, plan
 
 HERE = Path(__file__).parent
+OWN = ("memory_learning_rate", "decay", "eval_documents", "compute_metrics")  # options of HMTTrainer
 
 
 def texts(*lengths: int) -> list[Document]:
@@ -33,7 +34,7 @@ def texts(*lengths: int) -> list[Document]:
 
 def train(model: HMTForCausalLM, directory: Path, stages: list[Stage], **options: Any) -> HMTTrainer:
     """A finished training on three texts; options of HMTTrainer, the others of TrainingArguments."""
-    own = {name: options.pop(name) for name in ("memory_learning_rate", "decay", "eval_documents") if name in options}
+    own = {name: options.pop(name) for name in OWN if name in options}
     documents = options.pop("documents", texts(100, 40, 70))
     defaults = {"logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "report_to": "none", "use_cpu": True}
     trainer = HMTTrainer(model, TrainingArguments(str(directory), **{**defaults, **options}), documents, stages, **own)
@@ -208,6 +209,23 @@ def test_evaluation_and_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert values(trainer, "eval_ppl") == [math.exp(found)]
     assert found == pytest.approx(sum(losses) / 46, rel=1e-5)
     assert list((tmp_path / "out" / "runs").rglob("events.out.tfevents.*"))
+
+
+def test_metrics_see_all_logits(tmp_path: Path) -> None:
+    seen = {}
+
+    def right(predictions: Any) -> dict[str, float]:
+        seen["logits"], seen["labels"] = map(torch.as_tensor, (predictions.predictions, predictions.label_ids))
+        return {"right": float((seen["logits"].argmax(-1)[:, :-1] == seen["labels"][:, 1:]).double().mean())}
+
+    documents = texts(50, 50)
+    options = {"eval_documents": documents, "compute_metrics": right, "per_device_eval_batch_size": 1}
+    trainer = train(hmt_model(), tmp_path, [Stage(1, (4,))], documents=documents, **options)
+    found = trainer.evaluate()
+    with torch.no_grad():
+        expected = trainer.model(torch.stack([d.ids for d in documents])).logits
+    torch.testing.assert_close(seen["logits"], expected, atol=1e-5, rtol=1e-5)
+    assert 0 <= found["eval_right"] <= 1 and found["eval_loss"] > 0
 
 
 def test_bfloat16_computes_low_and_keeps_weights_high(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from tolerance import assert_accurate
 
 from hmt_kernels import dispatch, segment_attention
-from hmt_kernels.segment_attention import cuda
+from hmt_kernels.segment_attention import cuda, reference
 
 ON_DEVICE = cuda.missing() is None
 DTYPES = [torch.float16, torch.bfloat16]
@@ -148,6 +148,17 @@ def test_rows_without_a_visible_key_are_exactly_zero(q_len, dtype, backend):
     for result in (o, *grads):
         assert torch.equal(result[0], torch.zeros_like(result[0]))
         assert result[1].isfinite().all() and result[1].any()
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["q", "k"])
+def test_nan_is_seen_where_it_belongs(which, backend):
+    inputs = make_inputs((2, 2, 1, 70, 70, 64), torch.float16, backend.device)
+    tensors = [x.clone() for x in inputs.arguments[:3]]
+    tensors[which][1, 0, 30, 5] = torch.nan
+    o, lse, *_ = cuda.forward(*tensors, *inputs.arguments[3:])
+    expected_o, expected_lse = reference.forward(*tensors, *inputs.arguments[3:])
+    assert torch.equal(o.isnan(), expected_o.isnan()) and torch.equal(lse.isnan(), expected_lse.isnan())
+    assert expected_lse.isnan().any() and not expected_lse.isnan().all()
 
 
 def test_a_missing_gradient_of_lse_is_zero(backend):

@@ -101,6 +101,26 @@ def test_dead_slots_are_never_read(dtype, poison, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("slots", [5, 1000])
+def test_nan_in_a_live_slot_is_seen(slots, queries, impl):
+    """In everything that its batch row gives, in nothing else; a slot that is not the strongest of numbers is none."""
+    query, memory, _, scale = make_case(2, queries, slots, 64, None, torch.float32)
+    poisoned = memory.detach().clone()
+    poisoned[1, slots // 2, 3] = torch.nan
+    poisoned.requires_grad_()
+    clean = memory_recall(query, memory, softmax_scale=scale, impl=impl)
+    out = memory_recall(query, poisoned, softmax_scale=scale, impl=impl)
+    assert out.recalled[1].isnan().all() and out.lse[1].isnan().all()
+    assert all(-1 <= slot < slots for slot in out.slot[1].tolist())
+    clean_grads = torch.autograd.grad(clean.recalled.sum(), (query, memory))
+    grads = torch.autograd.grad(out.recalled.sum(), (query, poisoned))
+    assert all(grad[1].isnan().all() for grad in grads)
+    for expected, actual in zip((*clean, *clean_grads), (*out, *grads), strict=True):
+        assert torch.equal(expected[0], actual[0])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("how", ["no-slots", "none-valid"])
 def test_without_a_live_slot(how, impl):
     slots, counts = (0, None) if how == "no-slots" else (5, torch.zeros(2, dtype=torch.int32))

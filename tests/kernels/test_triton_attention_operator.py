@@ -58,6 +58,21 @@ def test_compiled_with_gradients_equals_eager():
     assert all(torch.equal(x, y) for x, y in zip(eager, compiled, strict=True))
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["q", "k"])
+@pytest.mark.parametrize("q_len", [1, 7])
+def test_nan_is_seen_where_it_belongs(q_len, which):
+    qkv, _ = make_inputs(q_len)
+    qkv[which][0, 0, -1 if which == 0 else 3, 5] = torch.nan
+    found, expected = ([], [])
+    for impl, results in (("triton", found), ("reference", expected)):
+        inputs = [x.clone().requires_grad_() for x in qkv]
+        o, lse = segment_attention(*inputs, return_lse=True, impl=impl)
+        grads = torch.autograd.grad(o.sum(), inputs)
+        results += [o.isnan(), lse.isnan(), *(grad.isnan().any() for grad in grads)]
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert expected[1].any()
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -42,6 +42,19 @@ def test_compiled_with_gradients_equals_eager(fresh_compiler):
     assert all(torch.equal(x, y) for x, y in zip(eager, compiled, strict=True))
 
 
+@pytest.mark.parametrize("queries", [1, 3, 16])
+@pytest.mark.parametrize("slots", [5, 1000])
+def test_nan_in_a_live_slot_is_seen(slots, queries):
+    query, memory = torch.randn(2, queries, 64, device=DEVICE), torch.randn(2, slots, 64, device=DEVICE)
+    memory[1, slots // 2, 3] = torch.nan
+    query, memory = query.requires_grad_(), memory.requires_grad_()
+    out = memory_recall(query, memory, softmax_scale=0.125, impl="triton")
+    assert out.recalled[1].isnan().all() and out.lse[1].isnan().all() and (out.slot[1] == -1).all()
+    grads = torch.autograd.grad(out.recalled.sum(), (query, memory))
+    assert all(grad[1].isnan().all() for grad in grads)
+    assert not any(x[0].isnan().any() for x in (*out, *grads))
+
+
 def test_explain_says_what_is_missing():
     query, memory, _ = make_inputs(1, torch.float64)
     text = hmt_kernels.explain("memory_recall", query, memory, softmax_scale=1.0, impl="triton")
