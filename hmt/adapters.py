@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME
 
-from hmt.backbone import load_weights, unwrap
+from hmt.backbone import load_weights, untie_head, unwrap
 from hmt.model import HMTForCausalLM
 from hmt.state_file import digest_of, digest_of_fields, write_whole
 
@@ -231,14 +231,19 @@ def _merge(backbone: PreTrainedModel, tensors: dict[str, torch.Tensor], scales: 
     """W + scale B A for each adapted layer; the factors are taken out of `tensors`."""
     modules = dict(unwrap(backbone).named_modules())
     for name, scale in scales.items():
-        a, b = (tensors.pop(f"{name}.lora_{x}.default.weight").float() for x in "AB")
+        embeds = f"{name}.lora_embedding_A.default" in tensors
+        keys = [f"{name}.lora_embedding_{x}.default" if embeds else f"{name}.lora_{x}.default.weight" for x in "AB"]
+        a, b = (tensors.pop(key).float() for key in keys)
         layer = modules.get(name.removeprefix("backbone."))
         update = scale * (b @ a)
-        if isinstance(layer, Conv1D):  # GPT-2's linear layer, transposed
+        if embeds or isinstance(layer, Conv1D):  # GPT-2's linear layer, transposed as an embedding is
             update = update.T
-        if not isinstance(layer, (nn.Linear, Conv1D)) or layer.weight.shape != update.shape:
-            raise ValueError(
-                f"{str(path)!r} does not fit the backbone {type(backbone).__name__}: no linear layer {name}"
-            )
+        kinds = nn.Embedding if embeds else (nn.Linear, Conv1D)
+        if not isinstance(layer, kinds) or layer.weight.shape != update.shape:
+            kind = "embedding" if embeds else "linear layer"
+            raise ValueError(f"{str(path)!r} does not fit the backbone {type(backbone).__name__}: no {kind} {name}")
+        head = backbone.get_output_embeddings()
+        if embeds and head is not None and head.weight is layer.weight:  # the factors were the embedding's alone
+            untie_head(backbone)
         with torch.no_grad():
             layer.weight += update.to(layer.weight)

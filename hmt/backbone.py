@@ -35,6 +35,14 @@ def load_weights(model_class: Any, name: str, **options: Any) -> Any:
     return model
 
 
+def untie_head(model: PreTrainedModel) -> None:
+    """Give the LM head weights of its own, equal to those that it shared with the embedding so far."""
+    head: Any = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}  # type: ignore[assignment]
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer and nothing else: no hooks, no LoRA, no other forward, no special weights."""
     parts = vars(module)

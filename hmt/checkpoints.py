@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hmt.backbone import untie_head
 from hmt.model import HMTForCausalLM
 
 PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")
 BACKBONE = re.compile(r"^memory_cell\.model\.(?:base_model\.model\.)?")
-LORA = re.compile(r"^(?P<layer>.*)\.lora_(?P<factor>[AB])\.(?:[^.]+\.)?weight$")
+LORA = re.compile(r"^(?P<layer>.*)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.[^.]+)*$")
 OWN = {
     "mem": "summary_prompt",
     "memory_cell.memory": "memory",
@@ -58,7 +59,11 @@ def load_hmt_pytorch(
     foreign = [key for key in weights if not BACKBONE.match(key)]
     if foreign:
         raise ValueError(f"source is no HMT-pytorch checkpoint: unknown keys {_some(foreign)}")
-    weights = _merge_lora({BACKBONE.sub("", key): value for key, value in weights.items()}, lora_alpha)
+    weights, embeddings = _merge_lora({BACKBONE.sub("", key): value for key, value in weights.items()}, lora_alpha)
+    for key, source_key in dict(getattr(backbone, "all_tied_weights_keys", {})).items():
+        if source_key in embeddings:  # the factors were the embedding's alone
+            weights.setdefault(key, embeddings[source_key])
+            untie_head(backbone)
 
     settings.setdefault("mode", "hmt" if "summary_prompt" in own else "rmt" if "memory" in own else "baseline")
     if "recall.wq.weight" in own:
@@ -98,24 +103,25 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return weights
 
 
-def _merge_lora(weights: dict[str, Tensor], alpha: float | None) -> dict[str, Tensor]:
+def _merge_lora(weights: dict[str, Tensor], alpha: float | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All weights with W + alpha/r B A where there are factors; and of embeddings that have some, W as it was."""
     factors: dict[str, dict[str, Tensor]] = {}
-    merged = {}
+    merged, embeddings = {}, {}
     for key, value in weights.items():
         if match := LORA.match(key):
             factors.setdefault(match["layer"], {})[match["factor"]] = value
+            if match["embedding"]:
+                embeddings[f"{match['layer']}.weight"] = weights[f"{match['layer']}.base_layer.weight"]
         else:
             merged[key.replace(".base_layer.", ".")] = value
-    if not factors:
-        return merged
-    if alpha is None:
+    if factors and alpha is None:
         raise ValueError(f"lora_alpha is required: the checkpoint holds LoRA factors of {len(factors)} layers")
     for layer, pair in factors.items():
-        weight = merged[f"{layer}.weight"]
-        rank = pair["A"].shape[0]
-        update = (alpha / rank) * (pair["B"].float() @ pair["A"].float())
-        merged[f"{layer}.weight"] = (weight.float() + update).to(weight.dtype)
-    return merged
+        key = f"{layer}.weight"
+        weight, rank = merged[key], pair["A"].shape[0]
+        update = (cast(float, alpha) / rank) * (pair["B"].float() @ pair["A"].float())
+        merged[key] = (weight.float() + (update.T if key in embeddings else update)).to(weight.dtype)
+    return merged, embeddings
 
 
 def _some(keys: list[str]) -> str:

@@ -67,6 +67,20 @@ def test_a_loaded_adapter_gives_the_same_logits(name: str, what: str, mode: str,
         load_adapter(tmp_path / "small", mode="hmt" if mode != "hmt" else "rmt")
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_factors_of_the_embedding_are_not_those_of_a_head_that_shares_its_weights(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    model = hmt_model(name)
+    select(model, "lora", rank=2, target_modules=["embed_tokens", "q_proj"])
+    assert len([n for n in trainable(model) if "lora_embedding_" in n]) == 2
+    randomize(model)
+    ids = torch.randint(3, VOCAB, (2, 50))
+    save_adapter(model, tmp_path, "nowhere")
+    loaded = load_adapter(tmp_path, backbone(name)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("first", ["adapter", "model"])
 def test_an_adapter_of_what_has_been_trained_before(first: str, tmp_path: Path) -> None:
     pytest.importorskip("peft")

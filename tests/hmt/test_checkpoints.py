@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hmt import HMTConfig, HMTForCausalLM
 from hmt.checkpoints import load_hmt_pytorch
+from hmt.compat import MemoryCell, RecurrentWrapper
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -118,6 +119,36 @@ def test_lora_factors_are_merged() -> None:
         torch.testing.assert_close(model.backbone.state_dict()[key], value)
     with pytest.raises(ValueError, match="lora_alpha"):
         load_hmt_pytorch(weights, golden.build_backbone(case), **settings)
+
+
+# what HMT-pytorch's --use_lora adapts
+TARGETS = ["embed_tokens", "gate_proj", "up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "opt-projected"])
+@torch.no_grad()
+def test_lora_as_hmt_pytorch_trains_it(name: str, tmp_path: Path) -> None:
+    """The embedding has factors too; an LM head that shares its weights has none, and must stay as it was."""
+    peft = pytest.importorskip("peft")
+    lm = backbone(name)
+    width = lm.get_input_embeddings().weight.shape[1]
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS, r=8, lora_alpha=32, lora_dropout=0.1)
+    adapted = peft.get_peft_model(lm, lora)
+    for key, parameter in adapted.named_parameters():
+        if "lora_" in key:
+            parameter.normal_(std=0.05)
+    trained = RecurrentWrapper(
+        MemoryCell(adapted, num_mem_tokens=1, num_prepend=4),
+        emb=lm.get_input_embeddings(), word_emb_dim=width, hidden_dim=96, ltm_context=5,
+        segment_size=32, max_n_segments=9, mask_size=32, n_cell_out=9,
+    ).eval()  # fmt: skip
+    ids = token_ids(2, 100)
+    expected = trained(ids, labels=ids, segment_size=32)[0].logits
+    settings = {"segment_length": 32, "num_sensory": 4, "queue_size": 5}
+    model = load_hmt_pytorch(trained.state_dict(), backbone(name), lora_alpha=32, **settings).eval()
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(HMTForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
 
 
 def test_wide_recall_keeps_its_scale() -> None:
