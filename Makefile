@@ -1,4 +1,4 @@
-# make demo | test | check | audit | bench | fuzz | coverage: each sets itself up on a fresh machine; a second call
+# make demo | test | check | audit | bench | fuzz | architectures | coverage: each sets itself up on a fresh machine; a second call
 # starts at once. make bench-slow takes longer; make bench-peer HMT_PYTORCH=FOLDER measures a checkout of HMT-pytorch too;
 # make compat tests the wheel with the oldest torch it promises, and downloads gigabytes for that.
 
@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE_SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo test check audit bench bench-peer bench-slow fuzz coverage compat clean
+.PHONY: demo test check audit bench bench-peer bench-slow fuzz architectures coverage compat clean
 
 CASES ?= 10000
 COMPAT_TORCH ?= torch==2.11.0
@@ -46,6 +46,10 @@ bench-slow: $(VENV)/installed
 fuzz: $(VENV)/installed
 	HMT_FUZZ_CASES=$(CASES) $(BIN)/python -m pytest --numprocesses=2 --durations=20 --hypothesis-show-statistics \
 	  tests/kernels/test_memory_recall_properties.py tests/kernels/test_segment_attention_properties.py $(PYTEST_ARGS)
+
+# Every causal language model of transformers, small, in about ten minutes.
+architectures: $(VENV)/installed
+	$(BIN)/python tests/hmt/architectures.py
 
 # Kernels that Triton interprets count as they run; what only a GPU reaches is listed with the rest as not covered.
 coverage: $(VENV)/installed

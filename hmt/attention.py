@@ -94,7 +94,8 @@ def hmt_attention(
 ) -> tuple[Tensor, None]:
     """Attention of q [B, Hq, Tq, D] over k, v [B, Hkv, Tk, D] by `segment_attention`, as [B, Tq, Hq, D].
 
-    Dropout, non-causal layers, position biases and dense masks are computed by transformers' SDPA function instead.
+    Dropout, non-causal layers, position biases, dense masks and values of another width than keys are computed by
+    transformers' SDPA function instead.
 
     Raises:
         ValueError: for a soft cap on the scores, which neither can compute.
@@ -108,8 +109,10 @@ def hmt_attention(
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         pad_span, sliding_window = read_mask(module, attention_mask, sliding_window)
         attention_mask = None
-    if attention_mask is not None or dropout or not causal or "position_bias" in kwargs:
-        if attention_mask is None and causal:
+    narrow = value.shape[3] != key.shape[3]  # multi-head latent attention
+    if attention_mask is not None or dropout or not causal or "position_bias" in kwargs or narrow:
+        plain = query.shape[2] == key.shape[2] and pad_span is None and sliding_window is None
+        if attention_mask is None and causal and not plain:
             attention_mask = _dense_mask(query, key, pad_span, sliding_window)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs

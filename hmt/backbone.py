@@ -14,6 +14,9 @@ from transformers.cache_utils import Cache
 
 from hmt import compiled_layers, last_layer, rotary
 
+RECURRENT = frozenset({"conv", "linear_attention", "hybrid", "hybrid_sliding"})  # layer types of transformers
+OWN_CACHES = ("dory", "minimax", "xlstm")  # need a cache of their own class, or look into its layers
+
 
 def unwrap(model: PreTrainedModel) -> PreTrainedModel:
     """The causal LM inside a PEFT wrapper (its LoRA layers stay injected), or the model itself."""
@@ -33,6 +36,13 @@ def load_weights(model_class: Any, name: str, **options: Any) -> Any:
             "(a checkpoint of a LoRA training is there to be resumed; what can be read with is written at its end)"
         )
     return model
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The layers with what is around them, up to the last hidden state: a causal LM without its head."""
+    model = unwrap(model)
+    inner = model.base_model
+    return getattr(model, "model", model) if inner is model else inner  # Llama 4's prefix leads nowhere
 
 
 def untie_head(model: PreTrainedModel) -> None:
@@ -82,11 +92,14 @@ def run_layers(
     """
     if mask is not None and is_recurrent(model):
         return _run_packed(model, embeds, mask, last_rows, **kwargs)
-    decoder = unwrap(model).base_model
+    decoder = decoder_of(model)
     if mask is None and takes_spans(model):
         mask = torch.empty(len(embeds), 1, 1, 0, dtype=torch.int32, device=embeds.device)
     if cache is not None:
         kwargs[cast(str, _cache_argument(type(decoder).forward))] = cache
+        if is_recurrent(model) and "position_ids" in _parameters(type(decoder).forward):  # Bamba counts from 0 without
+            start = cache.get_seq_length()
+            kwargs["position_ids"] = torch.arange(start, start + embeds.shape[1], device=embeds.device)[None]
     if last_rows is not None and last_layer.takes_last_rows(decoder):
         kwargs.update(last_rows=last_rows)
     out = decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=cache is not None, **kwargs)
@@ -124,23 +137,33 @@ def _take(rows: Tensor, order: Tensor) -> Tensor:
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:
-    """Whether layers carry a state from position to position (Mamba, RWKV), so that a mask cannot hide one."""
-    return bool(getattr(unwrap(model), "_is_stateful", False))
+    """Whether layers carry a state from position to position (Mamba, RWKV), so that a mask cannot hide one.
+
+    One such layer among others with attention (Qwen3-Next, LFM2) is enough.
+    """
+    model = unwrap(model)
+    layer_types = getattr(model.config, "layer_types", None) or ()
+    return bool(getattr(model, "_is_stateful", False)) or not RECURRENT.isdisjoint(layer_types)
 
 
 @functools.cache
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
 def _cache_argument(forward: Callable[..., Any]) -> str | None:
     """What a decoder's forward calls its cache (transformers 5.24 renamed it), None where it takes none."""
-    parameters = inspect.signature(forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
+    return next((name for name in ("cache", "past_key_values") if name in _parameters(forward)), None)
 
 
 def takes_cache(model: PreTrainedModel) -> bool:
-    """Whether the layers can go on from a `Cache`; where not (RWKV), decoding reads its open segment again.
+    """Whether the layers can go on from a `Cache` of transformers' own; where not (RWKV, MiniMax), decoding reads its
+    open segment again.
 
     Its recall is then taken from the tokens so far, as with use_cache=False, not from those that opened the segment.
     """
-    return _cache_argument(type(unwrap(model).base_model).forward) is not None
+    known = unwrap(model).config.model_type not in OWN_CACHES
+    return known and _cache_argument(type(decoder_of(model)).forward) is not None
 
 
 def takes_spans(model: PreTrainedModel) -> bool:
@@ -153,7 +176,7 @@ def takes_spans(model: PreTrainedModel) -> bool:
     if is_recurrent(model):
         return False
     windowed = getattr(model.config, "sliding_window", None) is not None
-    return model.config._attn_implementation == "hmt" and hasattr(model.base_model, "rotary_emb") and not windowed
+    return model.config._attn_implementation == "hmt" and hasattr(decoder_of(model), "rotary_emb") and not windowed
 
 
 def apply_head(model: PreTrainedModel, hidden: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -172,8 +195,9 @@ def apply_head(model: PreTrainedModel, hidden: Tensor, head: Callable[[Tensor], 
         logits = logits * scale
     if (scale := getattr(config, "logits_scaling", None)) is not None:
         logits = logits / scale
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-        logits = torch.tanh(logits / cap) * cap
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        if (cap := getattr(config, name, None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
     return logits
 
 
@@ -207,15 +231,18 @@ def check_backbone(model: PreTrainedModel) -> None:
 def _check_outputs(model: PreTrainedModel, name: str) -> None:
     vocab_size = model.get_input_embeddings().weight.shape[0]
     ids = torch.arange(6, device=model.device)[None] % vocab_size
-    embeds = embed(model, ids)
+    # like a memory, they are the embeddings of no token, which some backbones would look up again
+    embeds = (embed(model, ids) + embed(model, (ids + 1) % vocab_size)) / 2
     try:
         hidden = run_layers(model, embeds).last_hidden_state
-        expected = model(inputs_embeds=embeds).logits
-    except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
+        expected = model(inputs_embeds=embeds, use_cache=False).logits
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, NotImplementedError, AttributeError, RuntimeError) as error:
         raise ValueError(f"backbone {name} does not run on inputs_embeds alone: {error}") from error
     tolerance = 64 * torch.finfo(hidden.dtype).eps
     # one visible future token is enough to break the recurrence, so it is worth a second pass over six tokens
-    changed = embed(model, torch.cat([ids[:, :-1], ids[:, :1]], dim=1))
+    changed = torch.cat([embeds[:, :-1], embeds[:, :1]], dim=1)
     earlier = run_layers(model, changed).last_hidden_state[:, :-1]
     if (earlier - hidden[:, :-1]).abs().max() > tolerance * hidden.abs().max():
         raise ValueError(f"backbone {name} is not causal: a later token changes earlier hidden states")

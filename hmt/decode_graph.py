@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from hmt import capture
-from hmt.backbone import run_layers, takes_spans, unwrap
+from hmt.backbone import decoder_of, run_layers, takes_spans
 from hmt.kv_cache import RowsLayer, SegmentCache, batches, grow
 from hmt.layer_graphs import graphed_call
 
@@ -125,7 +125,7 @@ def decode_graph(model: HMTForCausalLM, cache: Any, embeds: Tensor) -> DecodeGra
 
 def _find(model: HMTForCausalLM, cache: SegmentCache, embeds: Tensor, look: capture.Look) -> DecodeGraph | None:
     call = graphed_call(model, look)
-    decoder = type(unwrap(model.backbone).base_model)
+    decoder = type(decoder_of(model.backbone))
     if call is None or "position_ids" not in inspect.signature(decoder.forward).parameters:
         return None
     key = ("decode", embeds.shape, embeds.dtype, cache.layers[0].get_max_length(), cache.layers[0].keys.dtype)  # type: ignore[union-attr]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from hmt.backbone import is_recurrent, takes_cache, unwrap
 
@@ -45,7 +45,7 @@ class SegmentLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         return self.length + int(query_length), 0
 
-    def get_seq_length(self, *args: Any) -> int:
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         return self.length
 
     def get_max_length(self) -> int:
@@ -76,11 +76,11 @@ class SegmentCache(Cache):
 
 
 class RecurrentCache(Cache):
-    """States of a backbone without attention, which do not tell themselves how many positions they have seen."""
+    """States of a backbone with recurrent layers, which do not tell themselves how many positions they have seen."""
 
     length = 0
 
-    def get_seq_length(self, *args: Any) -> int:
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         return self.length
 
 
@@ -102,7 +102,8 @@ def new_cache(model: PreTrainedModel, capacity: int, padded: bool = False) -> Ca
 
 def _keeps_all(layer: Any, capacity: int) -> bool:
     window = getattr(layer, "sliding_window", None)
-    return type(layer) is DynamicLayer or (isinstance(window, int) and window >= capacity)
+    windowed = type(layer) is DynamicSlidingWindowLayer and isinstance(window, int) and window >= capacity
+    return type(layer) is DynamicLayer or windowed
 
 
 def batches(cache: Any) -> bool:

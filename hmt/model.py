@@ -25,6 +25,9 @@ from hmt.state import HMTState, empty_state
 from hmt.tokens import Tokens, join
 from hmt_kernels.finite import is_checking
 
+# their layers compute with the mask, which for attention "hmt" is none
+READ_MASKS = ("axk2", "deepseek_v32", "doge", "glm_moe_dsa")
+
 
 class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
     """Hierarchical Memory Transformer around a causal language model (arXiv 2405.06067).
@@ -101,7 +104,8 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
         check_backbone(backbone)
         for module in backbone.modules():
             module._is_hf_initialized = True
-        attention = attn_implementation or backbone.config._attn_implementation
+        before = backbone.config._attn_implementation
+        attention = attn_implementation or before
         # a copy, because creating a model resets the attention of its config's sub-configs
         model = cls(HMTConfig(text_config=copy.deepcopy(backbone.config), **settings), backbone)
         embeddings = backbone.get_input_embeddings().weight
@@ -111,6 +115,14 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
         for parameter in model.parameters(recurse=False):
             parameter.data = parameter.data.to(embeddings)
         _set_attention(backbone, attn_implementation, loaded_with=attention)
+        if (now := backbone.config._attn_implementation) != before:
+            try:
+                check_backbone(backbone)
+            except ValueError as error:
+                raise ValueError(
+                    f"backbone {type(backbone).__name__} does not run with attention {now!r}: pass "
+                    f"attn_implementation={before!r} ({error})"
+                ) from error
         patch_layers(backbone, model.config.fused_rotary, model.config.compile_layers)
         return model.train(backbone.training)
 
@@ -240,5 +252,6 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
 def _set_attention(backbone: PreTrainedModel, requested: str | None, loaded_with: str | None = None) -> None:
     """Give the backbone the attention asked for; by default "hmt" in place of transformers' own default "sdpa"."""
     current = loaded_with or backbone.config._attn_implementation
-    replaceable = current == "sdpa" and getattr(backbone.config, "attn_logit_softcapping", None) is None
+    capped = getattr(backbone.config, "attn_logit_softcapping", None) is not None
+    replaceable = current == "sdpa" and not capped and backbone.config.model_type not in READ_MASKS
     backbone.set_attn_implementation(requested or ("hmt" if replaceable else current))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from hmt.backbone import apply_head, embed, run_layers, takes_spans, unwrap
+from hmt.backbone import apply_head, decoder_of, embed, run_layers, takes_spans
 from hmt.inputs import check_state, check_values
 from hmt.kv_cache import batches, copy_of, grow, new_cache, rows_of, together
 from hmt.passes import cache_capacity, can_decode, close_segment, open_segment, read_segments
@@ -125,7 +125,7 @@ def _part_shared_caches(rows: list[_Row]) -> None:
 
 def _shares_open_segments(model: HMTForCausalLM) -> bool:
     """Whether one pass leaves every row all keys of its own, and positions are ours to give."""
-    decoder = type(unwrap(model.backbone).base_model)
+    decoder = type(decoder_of(model.backbone))
     takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
     return takes_positions and batches(new_cache(model.backbone, cache_capacity(model.config)))
 

@@ -17,6 +17,7 @@ import torch
 from backbones import VOCAB, hmt_model
 from transformers import Trainer, TrainingArguments
 
+import hmt
 from hmt import training
 from hmt.adapters import select
 from hmt.data import Document, pad_batch
@@ -250,7 +251,7 @@ def test_a_killed_training_resumes_bit_for_bit(tmp_path: Path) -> None:
     whole = resumable_training.build(tmp_path / "whole", "full")
     whole.train()
     killed = tmp_path / "killed"
-    paths = os.pathsep.join(map(str, [HERE.parent.parent, HERE]))
+    paths = os.pathsep.join(map(str, [Path(hmt.__file__).parents[1], HERE]))  # the same hmt, installed or not
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     script = [sys.executable, str(HERE / "resumable_training.py"), str(killed), "full"]
     process = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)

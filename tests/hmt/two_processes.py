@@ -10,13 +10,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import hmt
+
 HERE = Path(__file__).parent
 SIZE = 2
 
 
 def run(script: str, folder: Path) -> None:
     """Both processes to their end; fails with what they printed."""
-    paths = [str(HERE), str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
+    # the same hmt as here, installed or not
+    paths = [str(HERE), str(HERE.parent), str(Path(hmt.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
