@@ -53,7 +53,7 @@ def select(
         rank, alpha, dropout, target_modules: of LoRA; target_modules None means PEFT's choice for the architecture.
 
     Raises:
-        ValueError: another `what`; "memory" for a baseline, which has none.
+        ValueError: another `what`; "memory" for a baseline, which has none; "full" for a quantised backbone.
         ImportError: "lora" without the package `peft`.
     """
     if what not in TRAINABLE:
@@ -62,8 +62,11 @@ def select(
         raise ValueError(
             "what must be 'full' or 'lora' for mode 'baseline', which has no memory to train, got 'memory'"
         )
-    model.requires_grad_(True)
-    model.backbone.requires_grad_(what == "full")
+    quantised = any(not p.is_floating_point() for p in model.backbone.parameters())
+    if what == "full" and quantised:
+        raise ValueError("what must be 'lora' or 'memory' for a quantised backbone, got 'full'")
+    for name, p in model.named_parameters():
+        p.requires_grad_(what == "full" or not name.startswith("backbone."))
     if what == "lora":
         try:
             from peft import LoraConfig, inject_adapter_in_model

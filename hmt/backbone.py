@@ -15,7 +15,9 @@ from transformers.cache_utils import Cache
 from hmt import compiled_layers, last_layer, rotary
 
 RECURRENT = frozenset({"conv", "linear_attention", "hybrid", "hybrid_sliding"})  # layer types of transformers
-OWN_CACHES = ("dory", "minimax", "xlstm")  # need a cache of their own class, or look into its layers
+REPORT = "please report the architecture"
+# need a cache of their own class, look into its layers, or keep their states themselves
+OWN_CACHES = ("dory", "minimax", "recurrent_gemma", "xlstm")
 
 
 def unwrap(model: PreTrainedModel) -> PreTrainedModel:
@@ -73,7 +75,10 @@ def has_replaced_weights(model: nn.Module) -> bool:
 
 def embed(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Token embeddings E(ids), [B, T] -> [B, T, d]."""
-    return model.get_input_embeddings()(ids)
+    embeds = model.get_input_embeddings()(ids)
+    if model.config.model_type == "falcon_h1":  # scales tokens only, others scale all that enters the layers
+        embeds = embeds * model.config.embedding_multiplier
+    return embeds
 
 
 def run_layers(
@@ -105,6 +110,7 @@ def run_layers(
     out = decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=cache is not None, **kwargs)
     if last_rows is not None:
         out.last_hidden_state = out.last_hidden_state[:, -last_rows:]
+    out.last_hidden_state = out.last_hidden_state.to(embeds.device)  # the layers may be spread over several
     if cache is not None and is_recurrent(model):
         cast(Any, cache).length += embeds.shape[1]
     return out
@@ -188,17 +194,19 @@ def apply_head(model: PreTrainedModel, hidden: Tensor, head: Callable[[Tensor], 
     config = model.config
     own = model.get_output_embeddings()
     weight = getattr(own, "weight", hidden)
+    weight = weight if isinstance(weight, Tensor) else hidden  # a quantised layer's is a method
     if hidden.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16):
         hidden = hidden.to(weight.dtype)  # Mamba keeps what it adds up in float32
     logits = (head or own)(hidden)
-    if (scale := getattr(config, "logit_scale", None)) is not None:
-        logits = logits * scale
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if (scale := getattr(config, name, None)) is not None:
+            logits = logits * scale
     if (scale := getattr(config, "logits_scaling", None)) is not None:
-        logits = logits / scale
+        logits = logits * scale if config.model_type == "hyperclovax" else logits / scale
     for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
         if (cap := getattr(config, name, None)) is not None:
             logits = torch.tanh(logits / cap) * cap
-    return logits
+    return logits.to(hidden.device)
 
 
 def check_backbone(model: PreTrainedModel) -> None:
@@ -240,18 +248,26 @@ def _check_outputs(model: PreTrainedModel, name: str) -> None:
         raise
     except (TypeError, ValueError, NotImplementedError, AttributeError, RuntimeError) as error:
         raise ValueError(f"backbone {name} does not run on inputs_embeds alone: {error}") from error
-    tolerance = 64 * torch.finfo(hidden.dtype).eps
     # one visible future token is enough to break the recurrence, so it is worth a second pass over six tokens
     changed = torch.cat([embeds[:, :-1], embeds[:, :1]], dim=1)
     earlier = run_layers(model, changed).last_hidden_state[:, :-1]
-    if (earlier - hidden[:, :-1]).abs().max() > tolerance * hidden.abs().max():
+    if not _same(earlier, hidden[:, :-1]):
         raise ValueError(f"backbone {name} is not causal: a later token changes earlier hidden states")
-    logits = apply_head(model, hidden)
-    if logits.shape != expected.shape or (logits - expected).abs().max() > tolerance * expected.abs().max():
+    if not _same(apply_head(model, hidden), expected):
         raise ValueError(
             f"backbone {name} computes its logits in a way that hmt does not know (not its LM head on the last "
-            f"hidden state): please report the architecture"
+            f"hidden state): {REPORT}"
         )
+    tokens = run_layers(model, embed(model, ids)).last_hidden_state
+    if not _same(apply_head(model, tokens), model(ids, use_cache=False).logits):
+        raise ValueError(f"backbone {name} makes something else of tokens than of their embeddings: {REPORT}")
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    """Whether they differ by rounding at most."""
+    if found.shape != expected.shape:
+        return False
+    return bool((found - expected).abs().max() <= 64 * torch.finfo(found.dtype).eps * expected.abs().max())
 
 
 def check_positions(model: PreTrainedModel, longest: int, others: int) -> None:

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from hmt import HMTForCausalLM
+from hmt.serving import step
 
 VOCAB, LENGTH = 128, 40
 LARGEST = 30_000_000  # parameters; what is still larger, these sizes do not make small
@@ -38,11 +39,21 @@ SIZES = {
     **dict.fromkeys(("state_size", "mamba_d_state", "mamba_n_heads", "hidden_size_per_layer_input"), 8),
     **dict.fromkeys(("linear_num_key_heads", "n_mamba_heads", "mamba_expand"), 2),
     **dict.fromkeys(("linear_num_value_heads", "linear_num_heads", "conv_kernel", "num_meta_tokens"), 4),
+    **dict.fromkeys(("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"), 0.5),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier"), 0.5),
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-KEPT_IF_UNSET = {"sliding_window", "head_dim", "num_key_value_heads", "n_inner", "moe_intermediate_size", "q_lora_rank"}
+KEPT_IF_UNSET = {
+    "sliding_window",
+    "head_dim",
+    "num_key_value_heads",
+    "n_inner",
+    "moe_intermediate_size",
+    "q_lora_rank",
+    "logit_scale",
+}
 HYBRID = ["linear_attention", "full_attention"] * 2
 SPECIAL: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": HYBRID},
@@ -145,10 +156,23 @@ def check(kind: str) -> str:
         options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
         out = hmt.generate(ids, output_logits=True, return_dict_in_generate=True, **options)
         assert_same("decoded", torch.stack(out.logits, dim=1), hmt(out.sequences).logits[:, LENGTH - 1 : -1])
+        beams = [hmt.generate(ids, num_beams=2, use_cache=cached, **options) for cached in (True, False)]
+        assert torch.equal(*beams), "beams"
+        assert_serves(hmt, ids)
     hmt.train()(ids, labels=ids).loss.backward()
     gradients = [p.grad for p in hmt.parameters() if p.grad is not None]
     assert gradients and all(g.isfinite().all() for g in gradients), "gradients"
     return attention
+
+
+def assert_serves(hmt: HMTForCausalLM, ids: torch.Tensor) -> None:
+    """Two documents at different positions, a part and a token at a time, as each alone."""
+    texts = [ids[0], ids[1, :21]]
+    states = [hmt.new_state(), hmt.new_state()]
+    for part in (slice(0, 18), slice(18, 19), slice(19, 20), slice(20, 21)):
+        logits, states = step(hmt, states, [text[part] for text in texts])
+        for text, found in zip(texts, logits, strict=True):
+            assert_same("served", found[-1], hmt(text[None, : part.stop]).logits[0, -1])
 
 
 def assert_same(what: str, found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -81,6 +81,20 @@ def test_factors_of_the_embedding_are_not_those_of_a_head_that_shares_its_weight
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=2e-5, rtol=1e-4)
 
 
+def test_a_quantised_backbone_is_trained_beside() -> None:
+    """Integers take no gradient; what is added does."""
+    model = hmt_model()
+    layer = model.backbone.model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter((layer.weight / layer.weight.abs().max() * 127).to(torch.int8), False)
+    layer.forward = lambda x: torch.nn.functional.linear(x, layer.weight.to(x.dtype) / 127)
+    assert select(model, "memory") == sum(p.numel() for n, p in model.named_parameters() if n in OWN)
+    ids = torch.randint(3, VOCAB, (2, 50))
+    model(ids, labels=ids).loss.backward()
+    assert all((p.grad is not None) == (n in OWN) for n, p in model.named_parameters())
+    with pytest.raises(ValueError, match="must be 'lora' or 'memory' for a quantised backbone"):
+        select(model, "full")
+
+
 @pytest.mark.parametrize("first", ["adapter", "model"])
 def test_an_adapter_of_what_has_been_trained_before(first: str, tmp_path: Path) -> None:
     pytest.importorskip("peft")

@@ -17,6 +17,7 @@ READ = {
     "deepseek_v3": "values narrower than keys",
     "doge": "layers that compute with the mask",
     "dory": "layers that run several times, with caches of their own",
+    "falcon_h1": "tokens scaled, embeddings not; scaled logits",
     "gpt_oss": "attention sinks",
     "granite": "scaled logits",
     "lfm2": "convolutions and attention",
@@ -24,7 +25,7 @@ READ = {
     "minimax": "a cache of its own class",
     "mixtral": "experts",
     "qwen3_next": "linear and full attention, experts",
-    "recurrent_gemma": "capped logits",
+    "recurrent_gemma": "capped logits, states kept in the layers",
 }
 REFUSED = {
     "bert": "not causal",
