@@ -128,6 +128,37 @@ def test_from_backbone_refuses_what_is_no_backbone_and_no_setting() -> None:
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_a_backbone_of_nan_is_not_called_something_else() -> None:
+    """`hmt.checking` names the weight."""
+    model = backbone()
+    model.get_output_embeddings().weight.fill_(torch.nan)
+    assert HMTForCausalLM.from_backbone(model)(token_ids(1, 10)).logits.isnan().all()
+
+
+@torch.no_grad()
+def test_a_head_whose_weight_is_a_method() -> None:
+    """As that of PyTorch's dynamically quantised layers."""
+
+    class Head(torch.nn.Module):
+        def __init__(self, linear: torch.nn.Linear) -> None:
+            super().__init__()
+            self.hidden = [linear]
+
+        def weight(self) -> torch.Tensor:
+            return self.hidden[0].weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.hidden[0](x)
+
+    model = backbone()
+    ids = token_ids(1, 10)
+    expected = model(ids).logits
+    model.lm_head = Head(model.lm_head)
+    hmt = HMTForCausalLM.from_backbone(model, mode="baseline", num_sensory=0)
+    torch.testing.assert_close(hmt(ids).logits, expected)
+
+
 def test_least_sizes() -> None:
     """Segments of one token, a queue of one memory, a text of one token."""
     model = hmt_model(segment_length=1, num_sensory=0, queue_size=1, summary_fraction=1.0)
