@@ -98,8 +98,8 @@ MUTATIONS = {
         "hmt/test_state.py::test_refused_files[changed]",
     ),
     "files are written in place": Mutation(
-        "hmt/state_file.py", 'partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")\n    try:',
-        "partial = path\n    path.unlink(missing_ok=True)\n    try:",
+        "hmt/state_file.py", 'partial = target.with_name(f".{secrets.token_hex(8)}.partial")\n    try:',
+        "partial = target\n    target.unlink(missing_ok=True)\n    try:",
         "hmt/test_state.py::test_a_failed_write_leaves_the_old_file[replace]",
     ),
     "pickled code is loaded": Mutation(
