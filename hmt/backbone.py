@@ -102,7 +102,7 @@ def run_layers(
         mask = torch.empty(len(embeds), 1, 1, 0, dtype=torch.int32, device=embeds.device)
     if cache is not None:
         kwargs[cast(str, _cache_argument(type(decoder).forward))] = cache
-        if is_recurrent(model) and "position_ids" in _parameters(type(decoder).forward):  # Bamba counts from 0 without
+        if is_recurrent(model) and takes_positions(model):  # Bamba counts from 0 without
             start = cache.get_seq_length()
             kwargs["position_ids"] = torch.arange(start, start + embeds.shape[1], device=embeds.device)[None]
     if last_rows is not None and last_layer.takes_last_rows(decoder):
@@ -160,6 +160,11 @@ def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
 def _cache_argument(forward: Callable[..., Any]) -> str | None:
     """What a decoder's forward calls its cache (transformers 5.24 renamed it), None where it takes none."""
     return next((name for name in ("cache", "past_key_values") if name in _parameters(forward)), None)
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether positions are the caller's to give."""
+    return "position_ids" in _parameters(type(decoder_of(model)).forward)
 
 
 def takes_cache(model: PreTrainedModel) -> bool:

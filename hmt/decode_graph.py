@@ -7,7 +7,6 @@ with padding, layers that keep something else than all keys, and rows of a serve
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from hmt import capture
-from hmt.backbone import decoder_of, run_layers, takes_spans
+from hmt.backbone import run_layers, takes_positions, takes_spans
 from hmt.kv_cache import RowsLayer, SegmentCache, batches, grow
 from hmt.layer_graphs import graphed_call
 
@@ -125,8 +124,7 @@ def decode_graph(model: HMTForCausalLM, cache: Any, embeds: Tensor) -> DecodeGra
 
 def _find(model: HMTForCausalLM, cache: SegmentCache, embeds: Tensor, look: capture.Look) -> DecodeGraph | None:
     call = graphed_call(model, look)
-    decoder = type(decoder_of(model.backbone))
-    if call is None or "position_ids" not in inspect.signature(decoder.forward).parameters:
+    if call is None or not takes_positions(model.backbone):
         return None
     key = ("decode", embeds.shape, embeds.dtype, cache.layers[0].get_max_length(), cache.layers[0].keys.dtype)  # type: ignore[union-attr]
     return call.graphs.get(

@@ -7,7 +7,6 @@ more are read together, padded on the right, where causal attention sees nothing
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from hmt.backbone import apply_head, decoder_of, embed, run_layers, takes_spans
+from hmt.backbone import apply_head, embed, run_layers, takes_positions, takes_spans
 from hmt.inputs import check_state, check_values
 from hmt.kv_cache import batches, copy_of, grow, new_cache, rows_of, together
 from hmt.passes import cache_capacity, can_decode, close_segment, open_segment, read_segments
@@ -125,9 +124,7 @@ def _part_shared_caches(rows: list[_Row]) -> None:
 
 def _shares_open_segments(model: HMTForCausalLM) -> bool:
     """Whether one pass leaves every row all keys of its own, and positions are ours to give."""
-    decoder = type(decoder_of(model.backbone))
-    takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
-    return takes_positions and batches(new_cache(model.backbone, cache_capacity(model.config)))
+    return takes_positions(model.backbone) and batches(new_cache(model.backbone, cache_capacity(model.config)))
 
 
 def _kind(model: HMTForCausalLM, row: _Row, shares: bool) -> str:

@@ -180,7 +180,7 @@ def assert_same(what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
     assert error < 1e-4, f"{what}: {error:.1e}"
 
 
-def main() -> None:
+def main() -> int:
     logging.set_verbosity_error()
     counts: dict[str, int] = {}
     for kind in sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
@@ -195,7 +195,8 @@ def main() -> None:
         counts[result] = counts.get(result, 0) + 1
         print(f"{kind:28}{result:11}{why.splitlines()[0] if why else ''}", flush=True)
     print(", ".join(f"{count} {result}" for result, count in counts.items()))
+    return 1 if "FAILS" in counts else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
