@@ -31,7 +31,7 @@ FLAGS = {
     "plain": ["-O1"],
     # every report ends the program
     "address-undefined": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "thread": ["-O1", "-g1", "-fsanitize=thread", "-pthread", "-DEMULATION_THREADS"],
+    "thread": ["-O1", "-g1", "-fsanitize=thread"],
 }
 
 

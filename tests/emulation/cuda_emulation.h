@@ -1,9 +1,8 @@
 // Runs CUDA C++ kernels on the CPU for tests, without a GPU or a CUDA toolkit: the same source, compiled by the host's
 // compiler with -DHMT_CUDA_EMULATION.
 //
-// A CUDA thread is a fiber, or an OS thread with -DEMULATION_THREADS, for ThreadSanitizer. Blocks start in random
-// order, a few at a time, and a seed decides which fiber goes on whenever one waits. What a GPU leaves open is made
-// visible:
+// A CUDA thread is a fiber. Blocks start in random order, a few at a time, and a seed decides which fiber goes on
+// whenever one waits. What a GPU leaves open is made visible:
 //   - shared memory holds NaN at first, has exactly the size that was asked for, and may not be declared statically;
 //   - an asynchronous copy makes its target NaN at once and lands at the wait for its group;
 //   - a barrier or a shuffle that some thread of the block or warp never reaches is reported with the wait that hangs.
@@ -20,15 +19,8 @@
 #include <memory>
 #include <vector>
 
-#include "cuda_emulation_types.h"
-
-#ifdef EMULATION_THREADS
-#include <condition_variable>
-#include <mutex>
-#include <thread>
-#else
 #include "cuda_emulation_fibers.h"
-#endif
+#include "cuda_emulation_types.h"
 
 namespace emulation {
 
@@ -77,13 +69,9 @@ class Barrier {
 
  private:
   int expected_, arrived_ = 0;
-#ifdef EMULATION_THREADS
-  std::mutex mutex_;
-  std::condition_variable opened_;
-  uint64_t round_ = 0;
-#else
   std::vector<Thread*> waiting_;
-#endif
+  char rounds_[2];  // for ThreadSanitizer: who is late in one must not know of the next
+  int round_ = 0;
 };
 
 struct Warp {
@@ -116,10 +104,8 @@ struct Thread {
   unsigned shuffles = 0, matrix_instructions = 0;
   std::vector<Copy> open_group;
   std::deque<std::vector<Copy>> groups;
-#ifndef EMULATION_THREADS
   Fiber fiber;
   const char* waits_at = "";
-#endif
 };
 
 inline Block::Block(unsigned id, unsigned blocks, unsigned count, size_t shared_bytes)
@@ -146,43 +132,6 @@ inline std::vector<unsigned> random_order(unsigned count) {
   return order;
 }
 
-#ifdef EMULATION_THREADS
-
-inline thread_local Thread* current_thread = nullptr;
-
-inline void Barrier::wait(Thread*) {
-  std::unique_lock<std::mutex> lock(mutex_);
-  const uint64_t round = round_;
-  if (++arrived_ == expected_) {
-    arrived_ = 0;
-    ++round_;
-    opened_.notify_all();
-  } else {
-    opened_.wait(lock, [&] { return round_ != round; });
-  }
-}
-
-// Blocks run three at a time.
-inline void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
-  const std::vector<unsigned> order = random_order(blocks);
-  for (size_t wave = 0; wave < order.size(); wave += 3) {
-    std::vector<std::unique_ptr<Block>> resident;
-    std::vector<std::thread> running;
-    for (size_t i = wave; i < order.size() && i < wave + 3; ++i) {
-      resident.push_back(std::make_unique<Block>(order[i], blocks, threads, shared_bytes));
-      for (auto& thread : resident.back()->threads) {
-        running.emplace_back([&body, self = thread.get()] {
-          current_thread = self;
-          body();
-        });
-      }
-    }
-    for (auto& thread : running) thread.join();
-  }
-}
-
-#else
-
 inline Thread* current_thread = nullptr;
 
 // Threads that can go on, and the fiber that starts and ends blocks.
@@ -191,13 +140,13 @@ struct Scheduler {
   Fiber main;
   const std::function<void()>* body;
 
-  void go_on(Fiber& from, bool finished = false) {
-    if (ready.empty() || finished) return switch_fiber(from, main, finished);
+  void go_on(Fiber& from) {
+    if (ready.empty()) return switch_fiber(from, main);
     const size_t i = random_below(ready.size());
     std::swap(ready[i], ready.back());
     current_thread = ready.back();
     ready.pop_back();
-    switch_fiber(from, current_thread->fiber, false);
+    switch_fiber(from, current_thread->fiber);
   }
 };
 
@@ -207,29 +156,38 @@ inline Scheduler& scheduler() {
 }
 
 inline void Barrier::wait(Thread* self) {
-  std::vector<Thread*>& ready = scheduler().ready;
+  Unwatched books;
+  char* round = &rounds_[round_];
+  happens_before(round);
   if (++arrived_ == expected_) {
-    arrived_ = 0;
+    std::vector<Thread*>& ready = scheduler().ready;
     ready.insert(ready.end(), waiting_.begin(), waiting_.end());
     waiting_.clear();
-    return;
+    arrived_ = 0;
+    round_ ^= 1;
+  } else {
+    waiting_.push_back(self);
+    scheduler().go_on(self->fiber);
   }
-  waiting_.push_back(self);
-  scheduler().go_on(self->fiber);
+  happens_after(round);
 }
 
 inline void thread_entry() {
   enter_fiber(current_thread->fiber);
   (*scheduler().body)();
   Thread* self = current_thread;
-  --self->block->running;
-  self->waits_at = "its end";
-  scheduler().go_on(self->fiber, true);
+  {
+    Unwatched books;
+    --self->block->running;
+    self->waits_at = "its end";
+  }
+  leave_fiber(self->fiber, scheduler().main);
 }
 
 // Blocks run one to four at a time.
 inline void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
   Scheduler& s = scheduler();
+  enter_main(s.main);
   s.body = &body;
   const std::vector<unsigned> order = random_order(blocks);
   const size_t limit = 1 + random_below(4);
@@ -248,7 +206,10 @@ inline void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, con
       for (auto& thread : resident[0]->threads) std::fprintf(stderr, " %u: %s\n", thread->index.x, thread->waits_at);
       fail("a barrier or a shuffle was not reached by every thread");
     }
-    s.go_on(s.main);
+    {
+      Unwatched books;
+      s.go_on(s.main);
+    }
     for (size_t i = resident.size(); i-- > 0;) {
       if (resident[i]->running > 0) continue;
       for (auto& thread : resident[i]->threads) end_fiber(thread->fiber);
@@ -257,13 +218,9 @@ inline void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, con
   }
 }
 
-#endif
-
-inline void wait_at(Barrier& barrier, [[maybe_unused]] const char* name) {
+inline void wait_at(Barrier& barrier, const char* name) {
   Thread* self = current_thread;
-#ifndef EMULATION_THREADS
   self->waits_at = name;
-#endif
   barrier.wait(self);
 }
 

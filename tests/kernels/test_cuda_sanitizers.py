@@ -38,7 +38,7 @@ def bits(folder):
     return build.bits_of(build.run_driver(build.build_driver(folder, "plain"), "1"))
 
 
-# threads are as slow as all else here together: their one order is compared with those of fibers
+# ThreadSanitizer knows no order but that of barriers, so that one run shows what all of them would
 @pytest.mark.parametrize("kind, seeds", [("plain", 100), ("address-undefined", 5), ("thread", 1)])
 def test_no_report_and_one_result_in_every_order(kind, seeds, folder, bits):
     result = build.run_driver(build.build_driver(folder, kind), str(seeds))
