@@ -7,18 +7,21 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# what is imported is compiled then; all of torch and transformers takes a minute
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 NATIVE_SOURCES := $(shell find csrc -type f)
 
 .PHONY: demo test check audit bench bench-peer bench-slow fuzz architectures coverage compat clean
 
 CASES ?= 10000
+# file by file, in the order that tests/conftest.py gives them
+IN_TWO_PROCESSES := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 COMPAT_TORCH ?= torch==2.11.0
 COMPAT_KERNEL_TESTS := memory_recall memory_recall_registration memory_recall_step segment_attention \
   segment_attention_registration triton_recall
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(IN_TWO_PROCESSES) $(PYTEST_ARGS)
 
 demo: $(VENV)/model
 	$(BIN)/python examples/read_novel.py
@@ -53,7 +56,7 @@ architectures: $(VENV)/installed
 
 # Kernels that Triton interprets count as they run; what only a GPU reaches is listed with the rest as not covered.
 coverage: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --cov=hmt --cov=hmt_kernels --cov-report=term-missing:skip-covered \
+	$(BIN)/python -m pytest $(IN_TWO_PROCESSES) --cov=hmt --cov=hmt_kernels --cov-report=term-missing:skip-covered \
 	  --cov-fail-under=90 $(PYTEST_ARGS)
 
 # A wheel of this tree with the oldest torch, in an environment of its own; tests/packaging builds for the newest.

@@ -11,6 +11,19 @@ if not torch.cuda.is_available():
     # Read by triton when it is imported, so it has to be set before any test module does that.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# the slowest files begin first, so that no process ends long after the others
+SLOWEST = (
+    "test_triton_recall.py", "test_packaging.py", "test_suites.py", "test_cuda_sanitizers.py",
+    "test_compiled_layers.py", "test_long_run.py", "test_mutations.py", "test_audit.py", "test_triton_attention.py",
+    "test_invariants.py", "test_golden_triton.py", "test_cuda_attention_sanitizers.py", "test_cuda_recall.py",
+    "test_distributed.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(SLOWEST)))
+
 
 @pytest.fixture(autouse=True)
 def single_thread():
