@@ -7,8 +7,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-# what is imported is compiled then; all of torch and transformers takes a minute
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE_SOURCES := $(shell find csrc -type f)
 
 .PHONY: demo test check audit bench bench-peer bench-slow fuzz architectures coverage compat clean

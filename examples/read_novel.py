@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.utils import logging as transformers_logging
 
 from hmt.adapters import load_adapter
-from hmt.cli import continue_text, score_with_progress, summary_line
+from hmt.cli_text import continue_text, score_with_progress, summary_line
 from hmt.loading import Loaded, encode_file
 
 HERE = Path(__file__).parent

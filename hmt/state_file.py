@@ -22,13 +22,15 @@ from hmt.tokens import Tokens
 FORMAT = "hmt-state"
 VERSION = "1"
 DIGEST = "sha256"  # of all other metadata
+MADE_WITH = "made_with"
 OPTIONAL = ("queue", "recent.mask", "open.mask")
 
 
-def save_state(state: HMTState, path: str | Path) -> None:
+def save_state(state: HMTState, path: str | Path, made_with: Mapping[str, Any] | None = None) -> None:
     """Write a state; an older file of that name stays as it is until the new one is complete.
 
-    Cached keys and values are left out, they are made again on use.
+    Cached keys and values are left out, they are made again on use. `made_with`, what JSON can hold, is kept with it:
+    what read the text, and how.
     """
     named = {
         "queue": state.queue,
@@ -39,6 +41,8 @@ def save_state(state: HMTState, path: str | Path) -> None:
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in named.items() if t is not None}
     metadata = {"format": FORMAT, "version": VERSION, "num_closed": str(state.num_closed)}
+    if made_with is not None:
+        metadata[MADE_WITH] = json.dumps(made_with)
     metadata |= {f"{DIGEST}.{name}": digest_of(name, tensor) for name, tensor in tensors.items()}
     metadata[DIGEST] = _digest_of_metadata(metadata)
     write_whole(Path(path), save(tensors, metadata))
@@ -52,14 +56,9 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> HMTState
         OSError: no such file.
     """
     path = Path(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            _check_metadata(path, metadata)
-            # copies, which nothing that happens to the file later can change
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, RuntimeError, TypeError, OverflowError, UnicodeError) as error:
-        raise ValueError(f"{str(path)!r} is damaged or no safetensors file: {error}") from error
+    with _opened(path) as (file, metadata):
+        # copies, which nothing that happens to the file later can change
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     expected = {key.removeprefix(f"{DIGEST}.") for key in metadata if key.startswith(f"{DIGEST}.")}
     if expected != set(tensors):
         raise ValueError(f"{str(path)!r} is damaged: it should hold {sorted(expected)}, but holds {sorted(tensors)}")
@@ -67,6 +66,24 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> HMTState
         if digest_of(name, tensor) != metadata[f"{DIGEST}.{name}"]:
             raise ValueError(f"{str(path)!r} is damaged: tensor {name!r} does not match its SHA-256")
     return _state(path, tensors, int(metadata["num_closed"])).to(device)
+
+
+def made_with(path: str | Path) -> dict[str, Any]:
+    """What `save_state` was told of how a state came about, {} where that was nothing; raises as `load_state` does."""
+    with _opened(Path(path)) as (_, metadata):
+        return json.loads(metadata.get(MADE_WITH, "{}"))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """A file that holds a state, and its metadata, which are what was written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            _check_metadata(path, metadata)
+            yield file, metadata
+    except (SafetensorError, RuntimeError, TypeError, OverflowError, UnicodeError) as error:
+        raise ValueError(f"{str(path)!r} is damaged or no safetensors file: {error}") from error
 
 
 def _check_metadata(path: Path, metadata: dict[str, str]) -> None:

@@ -186,7 +186,7 @@ def test_mistakes_are_explained(arguments: list[str], message: str, model_dir, t
     "arguments",
     [
         [],
-        ["read"],
+        ["forget"],
         ["score"],
         ["score", "x"],
         ["score", "x", "--model", "y", "--every", "0"],
@@ -200,7 +200,7 @@ def test_usage_errors_exit_with_two(arguments: list[str], capsys) -> None:
     assert "usage: hmt" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["score"], ["generate"], ["profile"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["score"], ["read"], ["generate"], ["profile"], ["info"]])
 def test_help(command: list[str], capsys) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([*command, "--help"])
