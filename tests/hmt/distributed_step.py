@@ -1,11 +1,7 @@
-"""One training step in one or several processes: what test_distributed.py compares.
-
-python distributed_step.py FOLDER RANK SIZE runs it under DDP and FSDP2; rank 0 writes losses and gradients.
-"""
+"""One training step in one or several processes: what test_distributed.py compares."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -18,7 +14,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from two_processes import join_group
 
 from hmt import HMTForCausalLM
 
@@ -65,18 +60,12 @@ def prepare(kind: str) -> nn.Module:
     return model
 
 
-def main(folder: str, rank: int, size: int) -> None:
-    join_group(folder, rank, size)
+def run(folder: Path, rank: int, size: int) -> None:
+    """The step under DDP and FSDP2, of one of `size` processes; rank 0 writes losses and gradients."""
     for kind in ("ddp", "fsdp2"):
         model = prepare(kind)
         loss = step(model, rank, size)
         dist.all_reduce(loss)
         found = results(model, loss / size)
         if rank == 0:
-            save_file(found, Path(folder) / f"{kind}.safetensors")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+            save_file(found, folder / f"step-{kind}.safetensors")

@@ -1,16 +1,11 @@
-"""A training in one or several processes: what test_distributed.py compares.
-
-python distributed_training.py FOLDER RANK SIZE runs it under accelerate's DDP and FSDP2; rank 0 writes results.
-"""
+"""A training in one or several processes: what test_distributed.py compares."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from backbones import VOCAB, hmt_model
 from safetensors.torch import save_file
@@ -19,7 +14,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
-from two_processes import join_group
 
 from hmt.data import Document
 from hmt.training import HMTTrainer, Stage
@@ -65,15 +59,9 @@ def train(directory: str | Path, batch_size: int, kind: str | None = None) -> di
     return {"loss": torch.tensor(losses), "gradient norm": torch.tensor(norms), **changes}
 
 
-def main(folder: str, rank: int, size: int) -> None:
-    join_group(folder, rank, size)
+def run(folder: Path, rank: int, size: int) -> None:
+    """The training under accelerate's DDP and FSDP2, of one of `size` processes; rank 0 writes results."""
     for kind in KINDS:
         found = train(folder, 4 // size, kind)
         if rank == 0:
-            save_file({name: x.contiguous() for name, x in found.items()}, Path(folder) / f"{kind}.safetensors")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+            save_file({name: x.contiguous() for name, x in found.items()}, folder / f"training-{kind}.safetensors")

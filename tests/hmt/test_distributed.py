@@ -23,7 +23,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have left their results."""
     folder = tmp_path_factory.mktemp("distributed")
-    two_processes.run("distributed_step.py", folder)
+    two_processes.run("distributed_processes.py", folder)
     return folder
 
 
@@ -33,23 +33,15 @@ def test_two_processes_are_one(kind: str, folder: Path) -> None:
 
     model = distributed_step.build()
     expected = distributed_step.results(model, distributed_step.step(model))
-    found = load_file(folder / f"{kind}.safetensors")
+    found = load_file(folder / f"step-{kind}.safetensors")
     assert_same(found, expected)
     assert not torch.equal(found["memory"], torch.zeros_like(found["memory"]))
 
 
-@pytest.fixture(scope="module")
-def trainings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two processes have left what they trained."""
-    folder = tmp_path_factory.mktemp("trainings")
-    two_processes.run("distributed_training.py", folder)
-    return folder
-
-
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_a_training_in_two_processes_is_one(kind: str, trainings: Path, tmp_path: Path) -> None:
+def test_a_training_in_two_processes_is_one(kind: str, folder: Path, tmp_path: Path) -> None:
     """Stages, accumulation, texts of different lengths: the same losses and gradients as with the batch in one."""
     import distributed_training
 
-    found, expected = load_file(trainings / f"{kind}.safetensors"), distributed_training.train(tmp_path, 4)
+    found, expected = load_file(folder / f"training-{kind}.safetensors"), distributed_training.train(tmp_path, 4)
     assert_same(found, expected)
