@@ -71,7 +71,10 @@ def load_state(path: str | Path, device: torch.device | str = "cpu") -> HMTState
 def made_with(path: str | Path) -> dict[str, Any]:
     """What `save_state` was told of how a state came about, {} where that was nothing; raises as `load_state` does."""
     with _opened(Path(path)) as (_, metadata):
-        return json.loads(metadata.get(MADE_WITH, "{}"))
+        found = json.loads(metadata.get(MADE_WITH, "{}"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(path)!r} holds no HMT state: {MADE_WITH} is {found!r:.80}")
+    return found
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,16 @@ def test_a_state_without_a_history_is_read_with_the_settings_given(files: dict[s
     continued = capsys.readouterr().out
     assert main(["generate", files["first"], *options]) == 0
     assert capsys.readouterr().out == continued
+
+
+@pytest.mark.parametrize(
+    "made_of", [["a", "list"], {"segment_length": "long"}, {"legs": 4}], ids=["list", "text", "legs"]
+)
+def test_a_history_that_makes_no_sense_is_refused(made_of: object, files: dict[str, str], capsys) -> None:
+    model, _, _ = load(files["model"], segment_length=32, num_sensory=4, queue_size=5)
+    save_state(model.new_state(), files["state"], made_of)
+    assert main(["generate", "--prompt", "Q", "--model", files["model"], "--state", files["state"]]) == 2
+    assert re.search("made_with is|segment_length must be|settings must be", capsys.readouterr().err)
 
 
 def test_another_model_is_told_of(files: dict[str, str], state_file: str, tmp_path: Path, capsys) -> None:
