@@ -1,6 +1,6 @@
 # make demo | test | check | audit | bench | fuzz | architectures | coverage: each sets itself up on a fresh machine; a second call
 # starts at once. make bench-slow takes longer; make bench-peer HMT_PYTORCH=FOLDER measures a checkout of HMT-pytorch too;
-# make compat tests the wheel with the oldest torch it promises, and downloads gigabytes for that.
+# make compat tests the wheel with the oldest torch and transformers it promises, and downloads gigabytes for that.
 
 PYTHON ?= python3
 # The CPU build is enough for tests and demo. With a GPU, any torch >= 2.11 works: make test TORCH=torch
@@ -15,7 +15,7 @@ NATIVE_SOURCES := $(shell find csrc -type f)
 CASES ?= 10000
 # file by file, in the order that tests/conftest.py gives them
 IN_TWO_PROCESSES := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
-COMPAT_TORCH ?= torch==2.11.0
+COMPAT ?= torch==2.11.0 transformers==5.17.0
 COMPAT_KERNEL_TESTS := memory_recall memory_recall_registration memory_recall_step segment_attention \
   segment_attention_registration triton_recall
 
@@ -58,15 +58,15 @@ coverage: $(VENV)/installed
 	$(BIN)/python -m pytest $(IN_TWO_PROCESSES) --cov=hmt --cov=hmt_kernels --cov-report=term-missing:skip-covered \
 	  --cov-fail-under=90 $(PYTEST_ARGS)
 
-# A wheel of this tree with the oldest torch, in an environment of its own; tests/packaging builds for the newest.
+# A wheel of this tree with the oldest torch and transformers, in an environment of its own; tests/packaging builds for the newest.
 compat: $(VENV)/compat/installed
 	cd $(VENV)/compat && bin/python -m pytest -p no:cacheprovider -q $(CURDIR)/tests/hmt \
 	  $(addprefix $(CURDIR)/tests/kernels/test_,$(addsuffix .py,$(COMPAT_KERNEL_TESTS))) $(PYTEST_ARGS)
 
 $(VENV)/compat/installed: pyproject.toml setup.py $(NATIVE_SOURCES)
 	$(PYTHON) -m venv $(VENV)/compat
-	$(VENV)/compat/bin/python -m pip install --quiet '$(COMPAT_TORCH)'
-	$(VENV)/compat/bin/python -m pip install --quiet '.[test]' '$(COMPAT_TORCH)'
+	$(VENV)/compat/bin/python -m pip install --quiet $(COMPAT)
+	$(VENV)/compat/bin/python -m pip install --quiet '.[test]' $(COMPAT)
 	touch $@
 
 clean:

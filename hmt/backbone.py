@@ -159,7 +159,8 @@ def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
 
 def _cache_argument(forward: Callable[..., Any]) -> str | None:
     """What a decoder's forward calls its cache (transformers 5.24 renamed it), None where it takes none."""
-    return next((name for name in ("cache", "past_key_values") if name in _parameters(forward)), None)
+    names = ("cache", "past_key_values", "cache_params")
+    return next((name for name in names if name in _parameters(forward)), None)
 
 
 def takes_positions(model: PreTrainedModel) -> bool:

@@ -105,6 +105,7 @@ class HMTConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> HMTConfig:
         """The config of a dict, which may come from a file."""
         fields = dict(config_dict)
+        fields.pop("_commit_hash", None)  # older transformers add it to what they have read
         if (expected := fields.pop(DIGEST, None)) is not None and expected != digest_of_fields(fields):
             raise ValueError(
                 f"config.json of this HMT is damaged: its fields do not match its {DIGEST} (if they were edited on "

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from architectures import RefusedError, check, small_model, wrapped
+from packaging.version import Version
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hmt import HMTForCausalLM
@@ -37,6 +39,8 @@ REFUSED = {
 def known(kind: str) -> str:
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         pytest.skip(f"this transformers has no {kind}")
+    if kind == "doge" and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("Doge of older transformers sees later tokens, whoever runs it")
     return kind
 
 

@@ -7,7 +7,7 @@ import torch
 from backbones import WITHOUT_ATTENTION, backbone, hmt_model, token_ids
 from test_generation import GREEDY
 
-from hmt.backbone import embed, run_layers
+from hmt.backbone import _cache_argument, embed, run_layers
 from hmt.compat import MemoryCell, RecurrentWrapper
 from hmt.kv_cache import new_cache
 
@@ -85,6 +85,13 @@ def test_a_state_that_was_continued_can_be_continued_otherwise(name: str) -> Non
 
 
 @torch.no_grad()
+def test_a_cache_is_found_by_the_names_that_versions_of_transformers_give_it() -> None:
+    assert _cache_argument(lambda cache=None, **_: None) == "cache"
+    assert _cache_argument(lambda past_key_values=None, **_: None) == "past_key_values"
+    assert _cache_argument(lambda cache_params=None, **_: None) == "cache_params"
+    assert _cache_argument(lambda state=None, **_: None) is None
+
+
 def test_compat_classes_take_them() -> None:
     """The drop-in wrapper gives the logits of the model with the same weights."""
     torch.manual_seed(0)

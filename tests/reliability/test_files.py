@@ -165,6 +165,13 @@ def test_an_edited_config_is_refused_until_its_digest_is_removed(tmp_path: Path)
     assert not hasattr(HMTConfig.from_json_file(path), "sha256")
 
 
+def test_what_older_transformers_add_to_a_config_is_no_damage(tmp_path: Path) -> None:
+    write_config(tmp_path, 0)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    config = HMTConfig.from_dict({**fields, "_commit_hash": None})
+    assert config.segment_length == fields["segment_length"]
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
