@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from hmt.cli_evaluate import add_evaluate
-from hmt.cli_text import add_memory_options, add_text_commands
+from hmt.cli_text import add_text_commands
 from hmt.cli_train import add_train
 from hmt.loading import load
 
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     add_text_commands(commands)
-    add_train(commands, add_memory_options)
+    add_train(commands)
     add_evaluate(commands)
 
     command = commands.add_parser(

@@ -12,7 +12,8 @@ import torch
 from tqdm.auto import tqdm
 
 from hmt import evaluation, needle, qa, recall_map
-from hmt.cli_train import DATA_HELP, add_data_options, positive
+from hmt.cli_options import positive
+from hmt.cli_train import DATA_HELP, add_data_options
 from hmt.config import MODES, HMTConfig
 from hmt.data import Document, load_documents
 from hmt.loading import Loaded, load, stored_settings

@@ -12,8 +12,7 @@ from tqdm.auto import tqdm
 from transformers import TextStreamer
 
 from hmt.adapters import SETTINGS
-from hmt.cli_train import non_negative, positive
-from hmt.config import MODES
+from hmt.cli_options import add_memory_options, memory_settings, non_negative, positive
 from hmt.loading import Loaded, encode_file, load
 from hmt.profiling import profile_pass
 from hmt.scoring import Score, peak_memory_bytes, score
@@ -89,23 +88,9 @@ def _add_text_options(command: argparse.ArgumentParser, *, continues: bool = Tru
     add_memory_options(command)
 
 
-def add_memory_options(command: argparse.ArgumentParser) -> None:
-    memory = command.add_argument_group(
-        "memory", "how the text is read; a saved HMT brings its own values, other models use the defaults in brackets"
-    )
-    memory.add_argument("--mode", choices=MODES, help="hmt: recall the past; rmt: pass one on; baseline: none [hmt]")
-    memory.add_argument("--segment-length", type=positive, metavar="L", help="tokens read at a time [512]")
-    memory.add_argument("--num-sensory", type=int, metavar="K", help="tokens of the last segment read again [32]")
-    memory.add_argument("--queue-size", type=positive, metavar="N", help="past segments that can be recalled [300]")
-    memory.add_argument("--causal", action="store_true", help="recall by the previous segment: sees no later token")
-
-
 def _load(arguments: argparse.Namespace) -> tuple[Loaded, torch.Tensor, HMTState | None]:
     """The model, the ids [1, T] of FILE (none without it), and the state that --state names."""
-    names = ("mode", "segment_length", "num_sensory", "queue_size")
-    settings = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    if arguments.causal:
-        settings["summary_source"] = "previous"
+    settings = memory_settings(arguments)
     if arguments.state:
         settings |= _settings_before(arguments, settings)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -16,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hmt.adapters import TRAINABLE, check_directory, is_adapter, save_adapter, select
+from hmt.cli_options import add_memory_options, memory_settings, non_negative, positive
 from hmt.data import Document, join_documents, load_documents, split_documents
 from hmt.loading import load
 from hmt.recipes import RECIPES
@@ -42,23 +42,7 @@ DATA_HELP = (
 )
 
 
-def positive(text: str) -> int:
-    """An option that must be an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def non_negative(text: str) -> float:
-    """An option that must be a finite number of at least 0."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
-    return value
-
-
-def add_train(commands: Any, add_memory_options: Any) -> None:
+def add_train(commands: Any) -> None:
     """Add `hmt train` to the subcommands."""
     command = commands.add_parser(
         "train",
@@ -137,10 +121,7 @@ def _train(command: argparse.ArgumentParser, arguments: argparse.Namespace) -> i
     stages = tuple(map(Stage.parse, arguments.stage)) if arguments.stage else PAPER_STAGES
     if arguments.mode in ("rmt", "baseline") and not arguments.stage:
         stages = tuple(Stage(stage.steps, stage.segments) for stage in PAPER_STAGES)
-    names = ("mode", "segment_length", "num_sensory", "queue_size")
-    settings = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    if arguments.causal:
-        settings["summary_source"] = "previous"
+    settings = memory_settings(arguments)
     if arguments.cuda_graphs:
         settings["cuda_graphs"] = True
     if arguments.compile_layers:
