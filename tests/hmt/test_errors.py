@@ -128,7 +128,6 @@ def test_from_backbone_refuses_what_is_no_backbone_and_no_setting() -> None:
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_a_backbone_of_nan_is_not_called_something_else() -> None:
     """`hmt.checking` names the weight."""
     model = backbone()
@@ -159,6 +158,7 @@ def test_a_head_whose_weight_is_a_method() -> None:
     torch.testing.assert_close(hmt(ids).logits, expected)
 
 
+@torch.no_grad()
 def test_least_sizes() -> None:
     """Segments of one token, a queue of one memory, a text of one token."""
     model = hmt_model(segment_length=1, num_sensory=0, queue_size=1, summary_fraction=1.0)

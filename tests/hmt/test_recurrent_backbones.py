@@ -84,7 +84,6 @@ def test_a_state_that_was_continued_can_be_continued_otherwise(name: str) -> Non
     assert new_cache(model.backbone, 20, padded=True) is None
 
 
-@torch.no_grad()
 def test_a_cache_is_found_by_the_names_that_versions_of_transformers_give_it() -> None:
     assert _cache_argument(lambda cache=None, **_: None) == "cache"
     assert _cache_argument(lambda past_key_values=None, **_: None) == "past_key_values"
@@ -92,6 +91,7 @@ def test_a_cache_is_found_by_the_names_that_versions_of_transformers_give_it() -
     assert _cache_argument(lambda state=None, **_: None) is None
 
 
+@torch.no_grad()
 def test_compat_classes_take_them() -> None:
     """The drop-in wrapper gives the logits of the model with the same weights."""
     torch.manual_seed(0)

@@ -149,20 +149,15 @@ def test_ties_go_to_the_lowest_slot(queries):
     assert (memory_recall(query, memory * 0, softmax_scale=0.1, impl="triton").slot == 0).all()
 
 
-# more parts than the reduction adds up at a time take long in the interpreter
-@pytest.mark.parametrize(
-    ("queries", "slots", "parts", "repeats"),
-    [(1, 600, 10, 20), (1, 4500, 71, 4), (2, 300, 9, 20)],
-    ids=["vector", "many-parts", "matrix"],
-)
-def test_repeats_in_random_block_order_give_the_same_bits(queries, slots, parts, repeats, monkeypatch):
+@pytest.mark.parametrize(("queries", "slots", "parts"), [(1, 4500, 71), (2, 300, 9)], ids=["vector", "matrix"])
+def test_twenty_repeats_in_random_block_order_give_the_same_bits(queries, slots, parts, monkeypatch):
     monkeypatch.setattr(implementation, "target_of", lambda device: Target(90, 132))
     splits = []
     num_splits = triton_plans.num_splits
     monkeypatch.setattr(triton_plans, "num_splits", lambda *args: splits.append(num_splits(*args)) or splits[-1])
     query, memory, counts, scale = make_case(1, queries, slots, 64, torch.float32, [slots - 9], "contiguous")
     results = []
-    for _ in range(repeats):
+    for _ in range(20):
         shuffle_blocks(monkeypatch)
         out = implementation.forward(query, memory, counts, scale)
         results.append((*out, *implementation.backward(out[0], out[1], query, memory, counts, *out[:2], scale)))
