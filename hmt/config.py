@@ -164,6 +164,12 @@ class HMTConfig(PreTrainedConfig):
         return round(self.segment_length * self.summary_fraction)
 
     @property
+    def num_recent(self) -> int:
+        """Tokens of a closed segment that are read again with the next: for sensory memory, or for its summary."""
+        summarised = self.mode == "hmt" and self.summary_source == "previous"
+        return max(self.num_sensory, self.summary_length if summarised else 0)
+
+    @property
     def num_memory(self) -> int:
         """Memory slots in front of a segment: 1, or 0 for the baseline."""
         return 0 if self.mode == "baseline" else 1

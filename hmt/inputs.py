@@ -77,6 +77,12 @@ def check_state(state: HMTState, config: HMTConfig, device: torch.device) -> Non
             f"state has {state.num_open} tokens in its open segment, but the model's segments have "
             f"{config.segment_length}: continue it with the segment_length that it was made with"
         )
+    if state.num_closed and state.recent.length < config.num_recent:
+        raise ValueError(
+            f"state keeps the last {state.recent.length} tokens of its latest segment, but the model reads "
+            f"{config.num_recent} of them again: continue it with the num_sensory, summary_fraction and summary_source "
+            "that it was made with"
+        )
     where = state.open.ids.device
     if where != device:
         raise ValueError(f"state is on {where}, but input_ids on {device}: move it with state.to({str(device)!r})")

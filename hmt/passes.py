@@ -269,7 +269,5 @@ def close_segment(
 ) -> HMTState:
     """The state after a full segment; its memory joins the queue now (`write`) or with the next step."""
     queue = push_memory(state, memory) if write and memory is not None else state.queue
-    keep = model.config.num_sensory
-    if model.config.mode == "hmt" and model.config.summary_source == "previous":
-        keep = max(keep, model.config.summary_length)
-    return HMTState(queue, state.num_closed + 1, segment.last(keep), Tokens(segment.ids[:, :0]))
+    recent = segment.last(model.config.num_recent)
+    return HMTState(queue, state.num_closed + 1, recent, Tokens(segment.ids[:, :0]))
