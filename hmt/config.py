@@ -68,6 +68,7 @@ class HMTConfig(PreTrainedConfig):
     model_type = "hmt"
     sub_configs: ClassVar = {"text_config": AutoConfig}
     keys_to_ignore_at_inference: ClassVar = ["state", "trace"]
+    auto_map: ClassVar[dict[str, str]] = {}  # no code comes with the weights; TRL asks models of others
 
     text_config: dict | PreTrainedConfig | None = None
     mode: str = "hmt"

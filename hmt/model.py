@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,11 +13,12 @@ from torch.profiler import record_function
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hmt.backbone import apply_head, check_backbone, check_positions, patch_layers
+from hmt.body import HMTBody
 from hmt.config import HMTConfig
 from hmt.generation import HMTGenerationMixin
 from hmt.inputs import check_inputs, check_result, check_state, check_values
 from hmt.loss import IGNORE_INDEX, SummedCrossEntropy, shift_left
-from hmt.outputs import HMTOutput, trace_of
+from hmt.outputs import HMTOutput, SegmentResult, trace_of
 from hmt.passes import open_segment, read_segments
 from hmt.recall import MemoryRecall
 from hmt.serving import forward_rows
@@ -126,6 +127,11 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
         patch_layers(backbone, model.config.fused_rotary, model.config.compile_layers)
         return model.train(backbone.training)
 
+    @property
+    def base_model(self) -> HMTBody:  # type: ignore[override]
+        """The model without its LM head."""
+        return HMTBody(self)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
 
@@ -194,15 +200,12 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
         if logits_to_keep is None:
             logits_to_keep = 0 if shift_labels is None else None
         first_logit = length if logits_to_keep is None else length - (logits_to_keep or length)
-        state = self._state(state, input_ids)
 
         losses, kept, results, seen = None, [], [], 0
         if shift_labels is not None:
             offload = self.config.offload_states and self.config.rematerialize
             losses = SummedCrossEntropy(self.backbone, self.config.loss_chunk_size, offload=offload)
-        for result in read_segments(self, Tokens.of(input_ids, attention_mask), state, use_cache):
-            if is_checking():
-                check_result(result)
+        for result in self.segments(input_ids, attention_mask, state, use_cache):
             rows, state = result.hidden, result.state
             stop = seen + rows.shape[1]
             if losses is not None and shift_labels is not None:
@@ -222,6 +225,16 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
             with record_function("hmt.head"):
                 logits = apply_head(self.backbone, torch.cat(kept, dim=1))
         return HMTOutput(loss=loss, logits=logits, state=state, trace=trace_of(results) if output_trace else None)
+
+    def segments(
+        self, input_ids: Tensor, attention_mask: Tensor | None, state: HMTState | None, use_cache: bool
+    ) -> Iterator[SegmentResult]:
+        """Read checked inputs, as the forward pass takes them, one segment after the other."""
+        state = self._state(state, input_ids)
+        for result in read_segments(self, Tokens.of(input_ids, attention_mask), state, use_cache):
+            if is_checking():
+                check_result(result)
+            yield result
 
     def _state(self, state: HMTState | None, input_ids: Tensor) -> HMTState:
         """The caller's state if it can be continued here, or a new one."""
