@@ -67,7 +67,7 @@ def seconds_of(case: Case, rounds: int = ROUNDS) -> float:
         value.normal_()  # products of zeros take less power, and so less time
     device = tensors[0].device
     call = stopwatch.as_graph(lambda: triton_launch.run(case.launch, device))
-    runs = stopwatch.runs_per_turn(call)
+    runs = stopwatch.runs_per_turn(stopwatch.seconds_of(call))
     return min(stopwatch.turn(call, runs) for _ in range(rounds))
 
 

@@ -64,7 +64,7 @@ def started(
 ) -> Iterator[Started]:
     """A provider in a process of its own; see `when_ready` for several."""
     allocator = allocator or (MIMALLOC if name in PRELOADED.values() else "malloc")
-    with own_process(allocators.environment(allocator)) as submit:
+    with own_process(allocators.environment(allocator), forked=True) as submit:
         ready = submit(_build, name, length, allocator, settings)
 
         def run(workload: str, segments: int) -> Measured:

@@ -42,7 +42,8 @@ def make_inputs(slots: int, dim: int, dtype: torch.dtype, device: str) -> Inputs
         return (torch.randn(*shape, generator=generator) * scale).to(device=device, dtype=dtype)
 
     projected, memory, wk = normal(1, 1, dim), normal(1, slots, dim), normal(dim, dim, scale=dim**-0.5)
-    return Inputs(projected, projected @ wk, memory, wk, memory @ wk.mT, dim**-0.5)
+    keys = (memory.float() @ wk.mT.float()).to(dtype)  # without instructions for it, bfloat16 takes many seconds
+    return Inputs(projected, projected @ wk, memory, wk, keys, dim**-0.5)
 
 
 def expected(inputs: Inputs) -> Tensor:

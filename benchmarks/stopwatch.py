@@ -42,18 +42,27 @@ def turn(call: Callable[[], object], runs: int) -> float:
     return (time.perf_counter() - start) / (runs * CALLS_PER_GRAPH)
 
 
-def runs_per_turn(call: Callable[[], object], seconds: float = SECONDS_PER_TURN) -> int:
-    """How many runs make a turn of about so many seconds, from one run after a warm-up."""
-    call()
-    return max(1, min(MAX_RUNS, int(seconds / (turn(call, 1) * CALLS_PER_GRAPH))))
+def seconds_of(call: Callable[[], object]) -> float:
+    """Of one run, after a warm-up unless that takes long."""
+    taken = turn(call, 1)
+    return taken if taken * CALLS_PER_GRAPH >= MOST_SECONDS else turn(call, 1)
+
+
+def runs_per_turn(seconds_of_call: float, seconds: float = SECONDS_PER_TURN) -> int:
+    """How many runs make a turn of about so many seconds."""
+    return max(1, min(MAX_RUNS, int(seconds / (seconds_of_call * CALLS_PER_GRAPH))))
 
 
 class Turns:
-    """Seconds per call of every provider, a list entry per round; a slow one has fewer, all of the first rounds."""
+    """Seconds per call of every provider, a list entry per round; a slow one has fewer, all of the first rounds.
+
+    Who takes MOST_SECONDS is called once: it must have run before, as one whose results were checked has.
+    """
 
     def __init__(self, providers: Mapping[str, Callable[[], object]], seconds_per_turn: float = SECONDS_PER_TURN):
-        self._calls = {name: (call, runs_per_turn(call, seconds_per_turn)) for name, call in providers.items()}
-        self.seconds: dict[str, list[float]] = {name: [] for name in providers}
+        first = {name: seconds_of(call) for name, call in providers.items()}
+        self._calls = {name: (call, runs_per_turn(first[name], seconds_per_turn)) for name, call in providers.items()}
+        self.seconds = {name: [taken] if taken >= MOST_SECONDS else [] for name, taken in first.items()}
 
     def take(self, name: str) -> None:
         taken, runs = self.seconds[name], self._calls[name][1]

@@ -52,6 +52,14 @@ def test_a_slow_provider_stops_after_some_seconds(monkeypatch):
     assert len(turns.seconds["slow"]) == 2 and len(turns.seconds["fast"]) == 6
 
 
+def test_what_takes_long_is_called_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(stopwatch, "turn", lambda call, runs: call())
+    turns = stopwatch.Turns({"slow": lambda: calls.append("slow") or 3.0})
+    turns.take("slow")
+    assert turns.seconds["slow"] == [3.0] and calls == ["slow"]
+
+
 def test_attention_counts_visible_pairs():
     length, hidden = 9, (2, 5)
     seen = torch.ones(length, length).tril()
