@@ -81,6 +81,15 @@ def embed(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return embeds
 
 
+@torch.no_grad()
+def known_embeddings(model: PreTrainedModel) -> Tensor:
+    """Embeddings of all tokens [V, d] or, where accelerate has offloaded them, of some; on "meta" there may be none."""
+    table = cast(Any, model.get_input_embeddings())
+    if table.weight.is_meta and hasattr(table, "_hf_hook"):  # which fetches them for a call
+        return table(torch.arange(min(len(table.weight), 4096)))
+    return table.weight
+
+
 def run_layers(
     model: PreTrainedModel,
     embeds: Tensor,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hmt.backbone import apply_head, check_backbone, check_positions, patch_layers
+from hmt.backbone import apply_head, check_backbone, check_positions, known_embeddings, patch_layers
 from hmt.body import HMTBody
 from hmt.config import HMTConfig
 from hmt.generation import HMTGenerationMixin
@@ -79,7 +79,8 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
             module.wq.reset_parameters()
             module.wk.reset_parameters()
         elif module is self:
-            std = float(cast(Tensor, self.get_input_embeddings().weight).float().std())
+            embeddings = known_embeddings(self.backbone)
+            std = 1.0 if embeddings.is_meta else float(embeddings.float().std())
             for name in ("memory", "summary_prompt"):
                 if (parameter := getattr(self, name, None)) is not None:
                     nn.init.normal_(parameter, std=std)
@@ -109,7 +110,7 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
         attention = attn_implementation or before
         # a copy, because creating a model resets the attention of its config's sub-configs
         model = cls(HMTConfig(text_config=copy.deepcopy(backbone.config), **settings), backbone)
-        embeddings = backbone.get_input_embeddings().weight
+        embeddings = known_embeddings(backbone)
         own = [module for name, module in model.named_children() if name != "backbone"]
         for module in own:
             module.to(embeddings)
