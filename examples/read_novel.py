@@ -19,7 +19,8 @@ from transformers.utils import logging as transformers_logging
 
 from hmt.adapters import load_adapter
 from hmt.cli_text import continue_text, score_with_progress, summary_line
-from hmt.loading import Loaded, encode_file
+from hmt.encoding import encode_file
+from hmt.loading import Loaded
 
 HERE = Path(__file__).parent
 NOVEL = HERE / "data" / "persuasion.txt"

@@ -13,7 +13,8 @@ from transformers import TextStreamer
 
 from hmt.adapters import SETTINGS
 from hmt.cli_options import add_memory_options, memory_settings, non_negative, positive
-from hmt.loading import Loaded, encode_file, load
+from hmt.encoding import encode_file
+from hmt.loading import Loaded, load
 from hmt.profiling import profile_pass
 from hmt.scoring import Score, peak_memory_bytes, score
 from hmt.state import HMTState
@@ -98,7 +99,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Loaded, torch.Tensor, HMTState
     state = HMTState.load(arguments.state).to(model.device, model.dtype) if arguments.state else None
     ids = torch.zeros(1, 0, dtype=torch.long)
     if arguments.file is not None:
-        ids = encode_file(arguments.file, tokenizer, add_special_tokens=state is None)[:, : arguments.max_tokens]
+        ids = encode_file(arguments.file, tokenizer, add_special_tokens=state is None, max_tokens=arguments.max_tokens)
     if untrained and model.config.mode != "baseline":
         print(UNTRAINED, file=sys.stderr)
     return loaded, ids, state

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hmt.encoding import encode_text
 from hmt.loss import IGNORE_INDEX
 from hmt.recipes import RECIPE, check_options, parse_recipe, whole_number
 from hmt.records import read_records
@@ -34,22 +35,20 @@ def encode(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Doc
     """A record of `read_records` as tokens; the answer to a question (the first, if several are right) ends with the
     tokenizer's end of text, if any."""
     if "text" in record:
-        return Document(_tokens(record["text"], tokenizer, special=True))
+        return Document(encode_text(record["text"], tokenizer))
     prompt = encode_question(record, tokenizer)
     first = record["answer"] if isinstance(record["answer"], str) else record["answer"][0]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    answer = torch.cat([_tokens(" " + first, tokenizer), torch.tensor(end, dtype=torch.long)])
+    answer = torch.cat(
+        [encode_text(" " + first, tokenizer, add_special_tokens=False), torch.tensor(end, dtype=torch.long)]
+    )
     return Document(torch.cat([prompt, answer]), len(prompt))
 
 
 def encode_question(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Context and question of a record as token ids [T], up to where the answer begins."""
     prompt = f"{record['context']}\n\nQuestion: {record['question']}\nAnswer:"
-    return _tokens(prompt, tokenizer, special=True)
-
-
-def _tokens(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = False) -> Tensor:
-    return torch.tensor(tokenizer(text, add_special_tokens=special, verbose=False).input_ids, dtype=torch.long)
+    return encode_text(prompt, tokenizer)
 
 
 def read_documents(
@@ -76,7 +75,7 @@ def read_documents(
     if name == "interleaved":
         yield from interleave(texts, **numbers)
     else:
-        yield from dilate(texts, int(_tokens("$", tokenizer)[-1]), **numbers)
+        yield from dilate(texts, int(encode_text("$", tokenizer, add_special_tokens=False)[-1]), **numbers)
 
 
 def interleave(documents: Iterable[Document], length: int = 100) -> Iterator[Document]:

@@ -78,25 +78,3 @@ def stored_settings(name: str) -> dict[str, Any]:
         return settings_of(name)
     config = AutoConfig.from_pretrained(name)
     return {key: getattr(config, key) for key in SETTINGS} if config.model_type == "hmt" else {}
-
-
-def encode_file(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool = True
-) -> torch.Tensor:
-    """Token ids [1, T] of a UTF-8 text file; special tokens (a text's beginning, say) as the tokenizer would have them.
-
-    Raises:
-        ValueError: no such file, not UTF-8, or no token in it.
-    """
-    path = Path(path)
-    if not path.exists() or path.is_dir():  # a pipe is fine
-        raise ValueError(f"FILE must be a text file, but there is no file {str(path)!r}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"FILE must be UTF-8 text, {str(path)!r} is not: {error}") from error
-    # a book is longer than any tokenizer's model_max_length, and need not be shorter here
-    ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=add_special_tokens).input_ids
-    if ids.shape[1] == 0:
-        raise ValueError(f"FILE must hold text, {str(path)!r} has no token")
-    return ids

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from hmt import HMTForCausalLM
 from hmt.cli import main
-from hmt.loading import encode_file, load
+from hmt.encoding import encode_file
+from hmt.loading import load
 from hmt.scoring import score
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune... " * 12
