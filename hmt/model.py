@@ -126,6 +126,7 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
                     f"attn_implementation={before!r} ({error})"
                 ) from error
         patch_layers(backbone, model.config.fused_rotary, model.config.compile_layers)
+        model.generation_config = copy.deepcopy(backbone.generation_config)  # where a chat ends, for one
         return model.train(backbone.training)
 
     @property

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import golden
 import pytest
 import torch
-from backbones import hmt_model, token_ids
+from backbones import VOCAB, backbone, hmt_model, token_ids
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
@@ -133,6 +135,24 @@ def test_streamer_sees_every_token() -> None:
     tokens = model.generate(token_ids(1, 20), max_new_tokens=33, streamer=streamer, **GREEDY)
     assert torch.equal(torch.cat(streamer.pieces), tokens[0])
     assert len(streamer.pieces) == 1 + 33 and streamer.ended
+
+
+def test_what_ends_a_text_and_how_to_sample_come_with_the_backbone(tmp_path: Path) -> None:
+    """Chat models say in their generation config alone what ends an answer."""
+    model = backbone()
+    first = HMTForCausalLM.from_backbone(model, segment_length=16, num_sensory=3)
+    ids = token_ids(1, 40)
+    tokens = first.generate(ids, max_new_tokens=30, do_sample=False)[0, 40:].tolist()
+    ends = tokens[12]
+    model.generation_config.update(eos_token_id=[VOCAB - 1, ends], do_sample=True, temperature=0.6)
+    wrapped = HMTForCausalLM.from_backbone(model, segment_length=16, num_sensory=3)
+    wrapped.load_state_dict(first.state_dict())
+    wrapped.save_pretrained(tmp_path)
+    for ours in (wrapped, HMTForCausalLM.from_pretrained(tmp_path)):
+        assert ours.generation_config.temperature == 0.6 and ours.generation_config.do_sample
+        found = ours.generate(ids, max_new_tokens=30, do_sample=False)[0, 40:].tolist()
+        assert found == tokens[: tokens.index(ends) + 1]
+    assert first.generation_config.eos_token_id == 2  # neither shares it with the other
 
 
 @torch.no_grad()
