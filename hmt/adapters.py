@@ -137,7 +137,10 @@ def load_adapter(
             if is_adapter(name)
             else load_weights(AutoModelForCausalLM, name, dtype=dtype)
         )
-        backbone = base.backbone if isinstance(base, HMTForCausalLM) else base
+        backbone = base
+        if isinstance(base, HMTForCausalLM):
+            backbone = base.backbone
+            backbone.generation_config = base.generation_config  # the saved one
     _merge(backbone, tensors, metadata["lora"], path)
     model = HMTForCausalLM.from_backbone(backbone, **{**stored, **settings})
     expected = {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}

@@ -9,6 +9,7 @@ import torch
 from backbones import VOCAB, backbone, hmt_model
 from safetensors.torch import save_file
 
+from hmt import HMTForCausalLM
 from hmt.adapters import FILE, load_adapter, save_adapter, select
 from hmt.loading import load
 
@@ -98,8 +99,10 @@ def test_a_quantised_backbone_is_trained_beside() -> None:
 @pytest.mark.parametrize("first", ["adapter", "model"])
 def test_an_adapter_of_what_has_been_trained_before(first: str, tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    backbone().save_pretrained(tmp_path / "base")
-    model = hmt_model()
+    base = backbone()
+    base.generation_config.eos_token_id = [7, 9]
+    base.save_pretrained(tmp_path / "base")
+    model = HMTForCausalLM.from_backbone(base, segment_length=16, num_sensory=3, queue_size=3)
     if first == "adapter":
         select(model, "lora", rank=2)
         randomize(model)
@@ -113,6 +116,7 @@ def test_an_adapter_of_what_has_been_trained_before(first: str, tmp_path: Path) 
     save_adapter(model, tmp_path / "second", str(tmp_path / "first"))
     ids = torch.randint(3, VOCAB, (2, 50))
     loaded = load_adapter(tmp_path / "second").eval()
+    assert loaded.generation_config.eos_token_id == [7, 9]
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=5e-5, rtol=1e-4)
 
