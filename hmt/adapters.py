@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME
 
-from hmt.backbone import load_weights, untie_head, unwrap
+from hmt.backbone import is_quantised, load_weights, untie_head, unwrap
 from hmt.model import HMTForCausalLM
 from hmt.state_file import digest_of, digest_of_fields, write_whole
 
@@ -62,7 +62,7 @@ def select(
         raise ValueError(
             "what must be 'full' or 'lora' for mode 'baseline', which has no memory to train, got 'memory'"
         )
-    quantised = any(not p.is_floating_point() for p in model.backbone.parameters())
+    quantised = is_quantised(model.backbone)
     if what == "full" and quantised:
         raise ValueError("what must be 'lora' or 'memory' for a quantised backbone, got 'full'")
     for name, p in model.named_parameters():

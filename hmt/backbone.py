@@ -55,6 +55,12 @@ def untie_head(model: PreTrainedModel) -> None:
     model.all_tied_weights_keys = {}  # type: ignore[assignment]
 
 
+def is_quantised(model: PreTrainedModel) -> bool:
+    """Whether weights are not what they were trained as."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    return quantizer is not None or any(not p.is_floating_point() for p in model.parameters())
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer and nothing else: no hooks, no LoRA, no other forward, no special weights."""
     parts = vars(module)

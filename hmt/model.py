@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
+from os import PathLike
 from typing import Any
 
 import torch
@@ -12,7 +13,14 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hmt.backbone import apply_head, check_backbone, check_positions, known_embeddings, patch_layers
+from hmt.backbone import (
+    apply_head,
+    check_backbone,
+    check_positions,
+    is_quantised,
+    known_embeddings,
+    patch_layers,
+)
 from hmt.body import HMTBody
 from hmt.config import HMTConfig
 from hmt.generation import HMTGenerationMixin
@@ -145,6 +153,19 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.backbone.set_output_embeddings(new_embeddings)
+
+    def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as any model of transformers; generation config included.
+
+        Raises:
+            ValueError: a quantised backbone, whose weights could not be loaded again.
+        """
+        if is_quantised(self.backbone):
+            raise ValueError(
+                "the backbone must not be quantised for its weights to be saved: hmt.adapters.save_adapter(model, "
+                "directory, backbone's name) saves what was trained beside them"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def max_length(self) -> int:

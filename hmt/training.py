@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hmt.backbone import is_quantised
 from hmt.config import MODES
 from hmt.data import Document, pad_batch, window_example, windows
 from hmt.loss import IGNORE_INDEX
@@ -167,6 +168,11 @@ class HMTTrainer(Trainer):
     ):
         if decay is not None and not 0.0 < decay <= 1.0:
             raise ValueError(f"decay must lie in (0, 1], got {decay!r}")
+        if is_quantised(model.backbone) and args.save_strategy != "no":
+            raise ValueError(
+                f"args.save_strategy must be 'no' for a quantised backbone, which no checkpoint can hold, got "
+                f"{args.save_strategy!r}: save with hmt.adapters.save_adapter in the end"
+            )
         self.plan, self.memory_learning_rate, self.decay = plan(stages), memory_learning_rate, decay
         for mode in {mode for _, mode in self.plan}:
             with reading_as(model, mode):

@@ -8,10 +8,13 @@ import pytest
 import torch
 from backbones import VOCAB, backbone, hmt_model
 from safetensors.torch import save_file
+from transformers import TrainingArguments
 
 from hmt import HMTForCausalLM
 from hmt.adapters import FILE, load_adapter, save_adapter, select
+from hmt.data import Document
 from hmt.loading import load
+from hmt.training import HMTTrainer
 
 OWN = {"memory", "summary_prompt", "recall.wq.weight", "recall.wk.weight"}
 
@@ -82,8 +85,8 @@ def test_factors_of_the_embedding_are_not_those_of_a_head_that_shares_its_weight
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=2e-5, rtol=1e-4)
 
 
-def test_a_quantised_backbone_is_trained_beside() -> None:
-    """Integers take no gradient; what is added does."""
+def test_a_quantised_backbone_is_trained_beside(tmp_path: Path) -> None:
+    """Integers take no gradient; what is added does, and is saved alone."""
     model = hmt_model()
     layer = model.backbone.model.layers[0].mlp.up_proj
     layer.weight = torch.nn.Parameter((layer.weight / layer.weight.abs().max() * 127).to(torch.int8), False)
@@ -94,6 +97,12 @@ def test_a_quantised_backbone_is_trained_beside() -> None:
     assert all((p.grad is not None) == (n in OWN) for n, p in model.named_parameters())
     with pytest.raises(ValueError, match="must be 'lora' or 'memory' for a quantised backbone"):
         select(model, "full")
+    with pytest.raises(ValueError, match="must not be quantised for its weights to be saved"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="save_strategy must be 'no' for a quantised backbone"):
+        HMTTrainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"), [Document(ids[0])])
+    save_adapter(model, tmp_path, "base")
+    assert {path.name for path in tmp_path.iterdir()} == {FILE}
 
 
 @pytest.mark.parametrize("first", ["adapter", "model"])
