@@ -13,7 +13,7 @@ from transformers import TextStreamer
 
 from hmt.adapters import SETTINGS
 from hmt.cli_options import add_memory_options, memory_settings, non_negative, positive
-from hmt.encoding import encode_file
+from hmt.encoding import encode_file, encode_turn
 from hmt.loading import Loaded, load
 from hmt.profiling import profile_pass
 from hmt.scoring import Score, peak_memory_bytes, score
@@ -59,6 +59,7 @@ def add_text_commands(commands: Any) -> None:
     )
     _add_text_options(command, needs_file=False)
     command.add_argument("--prompt", help="text to add after FILE, for example a question about it")
+    command.add_argument("--chat", action="store_true", help="ask --prompt as a chat model's user does, for its answer")
     command.add_argument("--max-new-tokens", type=positive, default=100, metavar="N", help="default 100")
     command.add_argument("--temperature", type=non_negative, default=0.0, help="0 (default) takes the likeliest token")
     command.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
@@ -172,8 +173,12 @@ def _read(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    if arguments.chat and not arguments.prompt:
+        raise ValueError("--prompt must hold what --chat asks, got none")
     loaded, ids, state = _load(arguments)
-    if arguments.prompt:
+    if arguments.chat:
+        prompt = encode_turn(arguments.prompt, loaded.tokenizer)
+    elif arguments.prompt:
         prompt = loaded.tokenizer(arguments.prompt, add_special_tokens=False, return_tensors="pt").input_ids
     elif ids.shape[1]:
         ids, prompt = ids[:, :-1], ids[:, -1:]

@@ -51,6 +51,19 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, *, add_special_to
     return _joined(pieces, tokenizer, add_special_tokens)
 
 
+def encode_turn(question: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Token ids [1, T] of what a chat's user says, up to where the model's answer begins.
+
+    Raises:
+        ValueError: a tokenizer without a chat template.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer must have a chat template for a chat, got none: it is not a chat model's")
+    turn = [{"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    return encode_text(str(text), tokenizer, add_special_tokens=False)[None]
+
+
 def _joined(
     pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase, special: bool, max_tokens: int | None = None
 ) -> Tensor:

@@ -103,6 +103,28 @@ def test_generate_continues_the_text(model_dir: Path, text_file: Path, capsys) -
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+def test_a_question_as_a_turn_of_a_chat(model_dir: Path, text_file: Path, tmp_path: Path, capsys) -> None:
+    folder = shutil.copytree(model_dir, tmp_path / "chat")
+    command = ["generate", str(text_file), "--max-new-tokens", "20", "--chat", *SMALL]
+    assert main([*command, "--model", str(folder), "--prompt", "who?"]) == 2
+    assert "must have a chat template" in capsys.readouterr().err
+    model, tokenizer, _ = load(str(model_dir), segment_length=32, num_sensory=4, queue_size=5)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    assert main([*command, "--model", str(folder), "--prompt", "who?"]) == 0
+    answer = capsys.readouterr().out
+    ids = torch.cat(
+        [encode_file(text_file, tokenizer), tokenizer("[user] who?\n[assistant]", return_tensors="pt").input_ids], 1
+    )
+    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+    assert answer == tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True) + "\n"
+    assert main([*command, "--model", str(folder)]) == 2
+    assert "--prompt must hold what --chat asks" in capsys.readouterr().err
+
+
 def test_profile_shows_where_the_time_goes(model_dir: Path, text_file: Path, tmp_path: Path, capsys) -> None:
     trace = tmp_path / "trace.json"
     arguments = ["profile", str(text_file), "--model", str(model_dir), "--segments", "5", "--trace", str(trace), *SMALL]
