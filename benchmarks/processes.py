@@ -28,7 +28,7 @@ def own_process(
     """Yields submit(function, *args): runs it in one fresh interpreter, which lives as long as the context.
 
     Nothing is waited for here, so that several processes start at once. A `forked` one starts in no time, on CPUs, from
-    a process that has only imported everything; what that has loaded counts in its memory only where it is used.
+    a process that has only imported everything; of the libraries' files, only what it uses counts in its memory.
     """
     with ProcessPoolExecutor(1, _context(forked and not environment)) as pool:
         with mock.patch.dict(os.environ, environment or {}):  # the first call starts the process

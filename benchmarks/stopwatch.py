@@ -62,7 +62,9 @@ class Turns:
     def __init__(self, providers: Mapping[str, Callable[[], object]], seconds_per_turn: float = SECONDS_PER_TURN):
         first = {name: seconds_of(call) for name, call in providers.items()}
         self._calls = {name: (call, runs_per_turn(first[name], seconds_per_turn)) for name, call in providers.items()}
-        self.seconds = {name: [taken] if taken >= MOST_SECONDS else [] for name, taken in first.items()}
+        self.seconds = {
+            name: [taken] if taken * CALLS_PER_GRAPH >= MOST_SECONDS else [] for name, taken in first.items()
+        }
 
     def take(self, name: str) -> None:
         taken, runs = self.seconds[name], self._calls[name][1]

@@ -89,10 +89,11 @@ def embed(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def known_embeddings(model: PreTrainedModel) -> Tensor:
-    """Embeddings of all tokens [V, d] or, where accelerate has offloaded them, of some; on "meta" there may be none."""
+    """The weights [V, d] of the embedding or, where accelerate has offloaded them, some of its rows."""
     table = cast(Any, model.get_input_embeddings())
     if table.weight.is_meta and hasattr(table, "_hf_hook"):  # which fetches them for a call
-        return table(torch.arange(min(len(table.weight), 4096)))
+        rows = table(torch.arange(min(len(table.weight), 4096)))
+        return rows / getattr(table, "scalar_embed_scale", 1.0)
     return table.weight
 
 

@@ -177,7 +177,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         raise ValueError("--prompt must hold what --chat asks, got none")
     loaded, ids, state = _load(arguments)
     if arguments.chat:
-        prompt = encode_turn(arguments.prompt, loaded.tokenizer)
+        prompt = encode_turn(arguments.prompt, loaded.tokenizer, follows=state is not None or ids.shape[1] > 0)
     elif arguments.prompt:
         prompt = loaded.tokenizer(arguments.prompt, add_special_tokens=False, return_tensors="pt").input_ids
     elif ids.shape[1]:

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hmt.adapters import TRAINABLE, check_directory, is_adapter, save_adapter, select
+from hmt.backbone import is_quantised
 from hmt.cli_options import add_memory_options, memory_settings, non_negative, positive
 from hmt.data import Document, join_documents, load_documents, split_documents
 from hmt.loading import load
@@ -153,7 +154,7 @@ def _train(command: argparse.ArgumentParser, arguments: argparse.Namespace) -> i
         print(ALLOCATOR_NOTE, file=sys.stderr)
     trainer = HMTTrainer(
         loaded.model,
-        training_arguments(arguments, evaluated is not None),
+        training_arguments(arguments, evaluated is not None, saves=not is_quantised(loaded.model.backbone)),
         documents,
         stages,
         memory_learning_rate=arguments.memory_learning_rate,
@@ -173,8 +174,8 @@ def _train(command: argparse.ArgumentParser, arguments: argparse.Namespace) -> i
     return 0
 
 
-def training_arguments(arguments: argparse.Namespace, evaluates: bool) -> TrainingArguments:
-    """The options of `hmt train` as transformers knows them."""
+def training_arguments(arguments: argparse.Namespace, evaluates: bool, saves: bool = True) -> TrainingArguments:
+    """The options of `hmt train` as transformers knows them; checkpoints where the model `saves`."""
     from transformers import TrainingArguments
 
     exponential = arguments.schedule == "exponential"
@@ -192,6 +193,7 @@ def training_arguments(arguments: argparse.Namespace, evaluates: bool) -> Traini
         use_cpu=not torch.accelerator.is_available(),  # or it refuses bf16
         seed=arguments.seed,
         logging_steps=arguments.log_every,
+        save_strategy="steps" if saves else "no",
         save_steps=arguments.save_every,
         save_total_limit=2,
         eval_strategy="steps" if evaluates else "no",

@@ -165,10 +165,9 @@ class HMTConfig(PreTrainedConfig):
         return round(self.segment_length * self.summary_fraction)
 
     @property
-    def num_recent(self) -> int:
-        """Tokens of a closed segment that are read again with the next: for sensory memory, or for its summary."""
-        summarised = self.mode == "hmt" and self.summary_source == "previous"
-        return max(self.num_sensory, self.summary_length if summarised else 0)
+    def summarises_previous(self) -> bool:
+        """Whether a segment's summary is of the segment before it."""
+        return self.mode == "hmt" and self.summary_source == "previous"
 
     @property
     def num_memory(self) -> int:

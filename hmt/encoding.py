@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -27,8 +28,10 @@ def encode_file(
     Special tokens (a text's beginning, say) are as the tokenizer would have them.
 
     Raises:
-        ValueError: no such file, not UTF-8, or no token in it.
+        ValueError: no such file, not UTF-8, or no token in it; `max_tokens` below 1.
     """
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens must be an integer >= 1 or None, got {max_tokens!r}")
     path = Path(path)
     if not path.exists() or path.is_dir():  # a pipe is fine
         raise ValueError(f"FILE must be a text file, but there is no file {str(path)!r}")
@@ -36,7 +39,7 @@ def encode_file(
         with path.open(encoding="utf-8") as file:
             ids = _joined(iter(partial(file.read, PIECE), ""), tokenizer, add_special_tokens, max_tokens)
     except UnicodeDecodeError as error:
-        raise ValueError(f"FILE must be UTF-8 text, {str(path)!r} is not: {error}") from error
+        raise ValueError(f"FILE must be UTF-8 text, {str(path)!r} is not: {error.reason}") from error
     if len(ids) == 0:
         raise ValueError(f"FILE must hold text, {str(path)!r} has no token")
     return ids[None]
@@ -51,8 +54,10 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, *, add_special_to
     return _joined(pieces, tokenizer, add_special_tokens)
 
 
-def encode_turn(question: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def encode_turn(question: str, tokenizer: PreTrainedTokenizerBase, *, follows: bool = False) -> Tensor:
     """Token ids [1, T] of what a chat's user says, up to where the model's answer begins.
+
+    Where it `follows` a text, it does not begin one.
 
     Raises:
         ValueError: a tokenizer without a chat template.
@@ -60,17 +65,21 @@ def encode_turn(question: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer must have a chat template for a chat, got none: it is not a chat model's")
     turn = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-    return encode_text(str(text), tokenizer, add_special_tokens=False)[None]
+    text = str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+    if follows:
+        text = text.removeprefix(tokenizer.bos_token or "")
+    return encode_text(text, tokenizer, add_special_tokens=False)[None]
 
 
 def _joined(
     pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase, special: bool, max_tokens: int | None = None
 ) -> Tensor:
     """The first `max_tokens` token ids [T] of what `pieces` make up; no later pieces are asked for."""
-    first, last = _special_tokens(tokenizer) if special else ([], [])
+    pieces = iter(pieces)
+    beginning = next(pieces, "")
+    first, last = _special_tokens(beginning[:1000], tokenizer) if special else ([], [])
     parts, total = [torch.tensor(first, dtype=torch.long)], len(first)
-    for ids in encode_pieces(pieces, tokenizer):
+    for ids in encode_pieces(chain([beginning], pieces), tokenizer):
         parts.append(ids)
         total += len(ids)
         if max_tokens is not None and total >= max_tokens:
@@ -127,11 +136,11 @@ def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """What the tokenizer puts in front of a text and behind it."""
-    bare = _ids("a", tokenizer)
-    ids = tokenizer("a", verbose=False).input_ids
-    start = next((i for i in range(len(ids)) if ids[i : i + len(bare)] == bare), None)
-    if start is None:
+    bare = _ids(text, tokenizer)
+    ids = tokenizer(text, verbose=False).input_ids
+    start = next((i for i in range(len(ids)) if ids[i : i + len(bare)] == bare), 0)
+    if ids[start : start + len(bare)] != bare or (text and not bare and ids):
         raise ValueError(f"the tokenizer must put its special tokens around a text, got {ids} for a text of {bare}")
     return ids[:start], ids[start + len(bare) :]

@@ -77,11 +77,11 @@ def check_state(state: HMTState, config: HMTConfig, device: torch.device) -> Non
             f"state has {state.num_open} tokens in its open segment, but the model's segments have "
             f"{config.segment_length}: continue it with the segment_length that it was made with"
         )
-    if state.num_closed and state.recent.length < config.num_recent:
+    summarised = config.summary_length if config.summarises_previous else 0
+    if state.num_closed and state.recent.length < summarised:
         raise ValueError(
-            f"state keeps the last {state.recent.length} tokens of its latest segment, but the model reads "
-            f"{config.num_recent} of them again: continue it with the num_sensory, summary_fraction and summary_source "
-            "that it was made with"
+            f"state keeps the last {state.recent.length} tokens of its latest segment, but the model summarises "
+            f"{summarised} of them: continue it with the summary_source and summary_fraction that it was made with"
         )
     where = state.open.ids.device
     if where != device:

@@ -88,7 +88,8 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
             module.wk.reset_parameters()
         elif module is self:
             embeddings = known_embeddings(self.backbone)
-            std = 1.0 if embeddings.is_meta else float(embeddings.float().std())
+            usual = getattr(self.backbone.config, "initializer_range", 0.02)
+            std = usual if embeddings.is_meta else float(embeddings.float().std())
             for name in ("memory", "summary_prompt"):
                 if (parameter := getattr(self, name, None)) is not None:
                     nn.init.normal_(parameter, std=std)
@@ -134,7 +135,8 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
                     f"attn_implementation={before!r} ({error})"
                 ) from error
         patch_layers(backbone, model.config.fused_rotary, model.config.compile_layers)
-        model.generation_config = copy.deepcopy(backbone.generation_config)  # where a chat ends, for one
+        if (given := getattr(backbone, "generation_config", None)) is not None:
+            model.generation_config = copy.deepcopy(given)  # what ends a chat's answer, for one
         return model.train(backbone.training)
 
     @property
@@ -166,6 +168,11 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
                 "directory, backbone's name) saves what was trained beside them"
             )
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first weights that are not offloaded."""
+        return next((p.device for p in self.parameters() if not p.is_meta), super().device)
 
     @property
     def max_length(self) -> int:

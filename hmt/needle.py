@@ -204,6 +204,7 @@ def _ask(model: HMTForCausalLM, trial: Trial) -> tuple[Tensor, Tensor, Tensor]:
         max_new_tokens=len(trial.answer),
         min_new_tokens=len(trial.answer),
         do_sample=False,
+        repetition_penalty=1.0,  # the answer is in what was read
         pad_token_id=0,
         return_dict_in_generate=True,
         output_logits=True,

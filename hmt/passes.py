@@ -77,7 +77,7 @@ def _read_in_turn(
         cache = None
         if use_cache and not closing:
             cache = new_cache(model.backbone, cache_capacity(config), padded=segment.mask is not None)
-        if step is not None and query is not None and fits(model, segment):
+        if step is not None and query is not None and fits(model, segment, state):
             hidden, memory, recalled, age = step_and_read(model, step, state, segment, query, pending)
         elif pending is None or query is None:
             layers = _graphed_layers(call, state, segment, cache)
@@ -269,5 +269,7 @@ def close_segment(
 ) -> HMTState:
     """The state after a full segment; its memory joins the queue now (`write`) or with the next step."""
     queue = push_memory(state, memory) if write and memory is not None else state.queue
-    recent = segment.last(model.config.num_recent)
-    return HMTState(queue, state.num_closed + 1, recent, Tokens(segment.ids[:, :0]))
+    keep = model.config.num_sensory
+    if model.config.summarises_previous:
+        keep = max(keep, model.config.summary_length)
+    return HMTState(queue, state.num_closed + 1, segment.last(keep), Tokens(segment.ids[:, :0]))

@@ -95,7 +95,9 @@ def answer_questions(
         references = [record["answer"]] if isinstance(record["answer"], str) else list(record["answer"])
         prompt = encode_question(record, tokenizer)[None].to(model.device)
         with reading_as(model, mode, summary_source):
-            tokens = continue_prompt(model, tokenizer, prompt, max_new_tokens=max_new_tokens, do_sample=False)
+            tokens = continue_prompt(
+                model, tokenizer, prompt, max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0
+            )
         prediction = first_line(tokenizer.decode(tokens, skip_special_tokens=True))
         best = [max(score(prediction, reference) for reference in references) for score in (f1, rouge_l)]
         yield Answer(record["question"], prediction, references, prompt.shape[1], *best)

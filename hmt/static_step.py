@@ -163,8 +163,10 @@ def static_step(
             kept.pop(next(iter(kept)))
 
 
-def fits(model: HMTForCausalLM, segment: Tokens) -> bool:
-    """Whether a segment, if it is not a text's first, has the shapes of the step."""
+def fits(model: HMTForCausalLM, segment: Tokens, state: HMTState | None = None) -> bool:
+    """Whether a segment, if it is not a text's first, has the shapes of the step; after `state`, with all it has."""
+    if state is not None and state.recent.length < model.config.num_sensory:
+        return False
     return segment.length == model.config.segment_length and segment.mask is None
 
 

@@ -171,7 +171,7 @@ class HMTTrainer(Trainer):
         if is_quantised(model.backbone) and args.save_strategy != "no":
             raise ValueError(
                 f"args.save_strategy must be 'no' for a quantised backbone, which no checkpoint can hold, got "
-                f"{args.save_strategy!r}: save with hmt.adapters.save_adapter in the end"
+                f"{args.save_strategy.value!r}: save with hmt.adapters.save_adapter in the end"
             )
         self.plan, self.memory_learning_rate, self.decay = plan(stages), memory_learning_rate, decay
         for mode in {mode for _, mode in self.plan}:

@@ -109,8 +109,9 @@ def test_a_question_as_a_turn_of_a_chat(model_dir: Path, text_file: Path, tmp_pa
     assert main([*command, "--model", str(folder), "--prompt", "who?"]) == 2
     assert "must have a chat template" in capsys.readouterr().err
     model, tokenizer, _ = load(str(model_dir), segment_length=32, num_sensory=4, queue_size=5)
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    tokenizer.bos_token = "</s>"
+    tokenizer.chat_template = (  # a text that was read before has begun already
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     tokenizer.save_pretrained(folder)

@@ -231,3 +231,12 @@ def test_bfloat16_needs_no_gpu(model_dir: Path, texts: Path, tmp_path: Path) -> 
     arguments = ["train", str(texts), "--model", str(model_dir), "--output", str(output), *SMALL, "--stage", "1:2"]
     assert main([*arguments, "--bf16"]) == 0
     assert (output / FILE).exists()
+
+
+def test_beside_quantised_weights_no_checkpoints_are_saved(
+    model_dir: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_train, "is_quantised", lambda backbone: True)
+    command = ["train", str(texts), "--model", str(model_dir), "--output", str(tmp_path / "out"), *SMALL, *STEPS]
+    assert main([*command, "--what", "memory"]) == 0
+    assert (tmp_path / "out" / FILE).is_file() and not list((tmp_path / "out").glob("checkpoint-*"))

@@ -119,6 +119,20 @@ def test_no_more_is_read_than_is_wanted(tmp_path: Path, monkeypatch) -> None:
         encode_file(path, tokenizer)
 
 
+def test_special_tokens_are_found_without_any_latin_letter(tmp_path: Path) -> None:
+    made = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "書": 2, "讀": 3}, []))
+    around = [("<s>", 0), ("</s>", 1)]
+    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=around)
+    path = tmp_path / "book.txt"
+    path.write_text("讀書", encoding="utf-8")
+    assert encode_file(path, PreTrainedTokenizerFast(tokenizer_object=made)).tolist() == [[0, 3, 2, 1]]
+
+
+def test_a_limit_is_a_number_of_tokens(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_tokens must be an integer >= 1 or None, got 0"):
+        encode_file(tmp_path, PreTrainedTokenizerFast(tokenizer_object=gpt2()), max_tokens=0)
+
+
 def test_a_tokenizer_without_offsets_sees_the_whole_text() -> None:
     class Slow:
         is_fast = False

@@ -8,8 +8,9 @@ import golden
 import pytest
 import torch
 from backbones import VOCAB, backbone, hmt_model, token_ids
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hmt import HMTForCausalLM
 
@@ -153,6 +154,30 @@ def test_what_ends_a_text_and_how_to_sample_come_with_the_backbone(tmp_path: Pat
         found = ours.generate(ids, max_new_tokens=30, do_sample=False)[0, 40:].tolist()
         assert found == tokens[: tokens.index(ends) + 1]
     assert first.generation_config.eos_token_id == 2  # neither shares it with the other
+
+
+@torch.no_grad()
+def test_a_backbone_that_cannot_generate_by_itself() -> None:
+    class Bare(PreTrainedModel):
+        config_class, _supports_sdpa = LlamaConfig, True
+
+        def __init__(self, config: LlamaConfig) -> None:
+            super().__init__(config)
+            whole = backbone()
+            self.model, self.lm_head = whole.model, whole.lm_head
+
+        def get_output_embeddings(self) -> torch.nn.Module:
+            return self.lm_head
+
+        def forward(self, input_ids=None, inputs_embeds=None, **options):
+            hidden = self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, **options).last_hidden_state
+            return CausalLMOutputWithPast(logits=self.lm_head(hidden))
+
+    model = HMTForCausalLM.from_backbone(Bare(backbone().config).eval(), segment_length=16, num_sensory=3)
+    whole = HMTForCausalLM.from_backbone(backbone(), segment_length=16, num_sensory=3)
+    whole.load_state_dict(model.state_dict())
+    ids = token_ids(1, 40)
+    assert torch.equal(*(m.generate(ids, max_new_tokens=20, **GREEDY) for m in (model, whole)))
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ def assert_same(model: HMTForCausalLM, expected: HMTForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("part", ["model.embed_tokens", "model.layers.1", "lm_head"])
-@pytest.mark.parametrize("mode", ["hmt", "rmt"])
+@pytest.mark.parametrize("mode", ["hmt", "rmt", "baseline"])
 def test_a_backbone_with_a_part_on_disk(part: str, mode: str, tmp_path: Path) -> None:
     backbone().save_pretrained(tmp_path / "backbone")
     where = {name: "disk" if name == part else "cpu" for name in PARTS}
@@ -39,7 +39,7 @@ def test_a_backbone_with_a_part_on_disk(part: str, mode: str, tmp_path: Path) ->
     own = [(name, weight) for name, weight in model.named_parameters() if not name.startswith("backbone.")]
     assert {weight.device.type for weight in model.backbone.parameters()} == {"cpu", "meta"}
     of_tokens = backbone().get_input_embeddings().weight.std().item()
-    assert model.memory.std().item() == pytest.approx(of_tokens, rel=0.3)
+    assert mode == "baseline" or model.memory.std().item() == pytest.approx(of_tokens, rel=0.3)
     expected.load_state_dict(dict(own), strict=False)
     assert_same(model, expected)
 

@@ -77,6 +77,15 @@ def test_reading(name: str, source: str, sensory: int, steps: list) -> None:
     assert len(steps) == 5 + 2 + 4 + 2 and len(set(steps)) == 1
 
 
+def test_a_state_with_fewer_sensory_tokens(steps: list) -> None:
+    """The segment that follows is read with those, in the ordinary way; later ones by the step."""
+    ours, theirs = pair(num_sensory=5)
+    state = hmt_model(num_sensory=3).read(token_ids(2, 16 * 2))
+    found, expected = (model.read(token_ids(2, 16 * 3, seed=1), state) for model in (ours, theirs))
+    torch.testing.assert_close(found.queue, expected.queue, atol=1e-5, rtol=1e-5)
+    assert len(steps) == 2
+
+
 @pytest.mark.parametrize("length", [16 * 6, 16 * 4 + 7], ids=["closed", "open"])
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from copy import deepcopy
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,13 @@ def test_the_head_makes_the_logits_of_what_the_body_gives(name: str, mode: str) 
     torch.testing.assert_close(apply_head(model.backbone, hidden), expected)
 
 
-def test_the_body_takes_no_labels() -> None:
+def test_the_body_takes_a_text_and_a_state() -> None:
     model, ids = hmt_model(), token_ids(1, LENGTH)
     with pytest.raises(TypeError, match="does not take labels"):
         model.base_model(ids, labels=ids)
+    with pytest.raises(TypeError, match="state must be one HMTState, got list"):
+        model.base_model(ids, state=[model.new_state()])
+    assert copy(model.base_model).config is model.backbone.config
 
 
 @pytest.mark.parametrize("settings", [{}, {"summary_source": "previous"}], ids=["current", "previous"])
