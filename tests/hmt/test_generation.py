@@ -161,9 +161,8 @@ def test_a_backbone_that_cannot_generate_by_itself() -> None:
     class Bare(PreTrainedModel):
         config_class, _supports_sdpa = LlamaConfig, True
 
-        def __init__(self, config: LlamaConfig) -> None:
-            super().__init__(config)
-            whole = backbone()
+        def __init__(self, whole: PreTrainedModel) -> None:
+            super().__init__(whole.config)
             self.model, self.lm_head = whole.model, whole.lm_head
 
         def get_output_embeddings(self) -> torch.nn.Module:
@@ -173,7 +172,7 @@ def test_a_backbone_that_cannot_generate_by_itself() -> None:
             hidden = self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, **options).last_hidden_state
             return CausalLMOutputWithPast(logits=self.lm_head(hidden))
 
-    model = HMTForCausalLM.from_backbone(Bare(backbone().config).eval(), segment_length=16, num_sensory=3)
+    model = HMTForCausalLM.from_backbone(Bare(backbone()).eval(), segment_length=16, num_sensory=3)
     whole = HMTForCausalLM.from_backbone(backbone(), segment_length=16, num_sensory=3)
     whole.load_state_dict(model.state_dict())
     ids = token_ids(1, 40)
