@@ -45,7 +45,12 @@ def turn(call: Callable[[], object], runs: int) -> float:
 def seconds_of(call: Callable[[], object]) -> float:
     """Of one run, after a warm-up unless that takes long."""
     taken = turn(call, 1)
-    return taken if taken * CALLS_PER_GRAPH >= MOST_SECONDS else turn(call, 1)
+    return taken if is_long(taken) else turn(call, 1)
+
+
+def is_long(seconds_of_call: float) -> bool:
+    """Whether one run takes all the time that a provider has."""
+    return seconds_of_call * CALLS_PER_GRAPH >= MOST_SECONDS
 
 
 def runs_per_turn(seconds_of_call: float, seconds: float = SECONDS_PER_TURN) -> int:
@@ -62,9 +67,7 @@ class Turns:
     def __init__(self, providers: Mapping[str, Callable[[], object]], seconds_per_turn: float = SECONDS_PER_TURN):
         first = {name: seconds_of(call) for name, call in providers.items()}
         self._calls = {name: (call, runs_per_turn(first[name], seconds_per_turn)) for name, call in providers.items()}
-        self.seconds = {
-            name: [taken] if taken * CALLS_PER_GRAPH >= MOST_SECONDS else [] for name, taken in first.items()
-        }
+        self.seconds = {name: [taken] if is_long(taken) else [] for name, taken in first.items()}
 
     def take(self, name: str) -> None:
         taken, runs = self.seconds[name], self._calls[name][1]

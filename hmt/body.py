@@ -33,9 +33,9 @@ class HMTBody:
         **kwargs: Any,
     ) -> BaseModelOutput:
         """Hidden states [B, T, d] of input_ids [B, T], of which the LM head makes logits; raises as the model does."""
-        check_inputs(input_ids, attention_mask, state=state, unknown=kwargs, logits_to_keep=1)
         if state is not None and not isinstance(state, HMTState):
             raise TypeError(f"state must be one HMTState, got {type(state).__name__}")
+        check_inputs(input_ids, attention_mask, state=state, unknown=kwargs)
         segments = self._model.segments(input_ids, attention_mask, state, use_cache)
         return BaseModelOutput(last_hidden_state=torch.cat([segment.hidden for segment in segments], dim=1))
 

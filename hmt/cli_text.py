@@ -13,7 +13,7 @@ from transformers import TextStreamer
 
 from hmt.adapters import SETTINGS
 from hmt.cli_options import add_memory_options, memory_settings, non_negative, positive
-from hmt.encoding import encode_file, encode_turn
+from hmt.encoding import encode_file, encode_text, encode_turn
 from hmt.loading import Loaded, load
 from hmt.profiling import profile_pass
 from hmt.scoring import Score, peak_memory_bytes, score
@@ -179,7 +179,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     if arguments.chat:
         prompt = encode_turn(arguments.prompt, loaded.tokenizer, follows=state is not None or ids.shape[1] > 0)
     elif arguments.prompt:
-        prompt = loaded.tokenizer(arguments.prompt, add_special_tokens=False, return_tensors="pt").input_ids
+        prompt = encode_text(arguments.prompt, loaded.tokenizer, add_special_tokens=False)[None]
     elif ids.shape[1]:
         ids, prompt = ids[:, :-1], ids[:, -1:]
     else:

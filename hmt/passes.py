@@ -134,10 +134,10 @@ def recall_queries(
     config = model.config
     if config.mode != "hmt" or not segments:
         return [None] * len(segments)
-    if config.summary_source == "current":
-        sources = [s.slice(0, config.summary_length) for s in segments]
-    else:
+    if config.summarises_previous:
         sources = [s.last(config.summary_length) for s in (state.recent, *segments[:-1])]
+    else:
+        sources = [s.slice(0, config.summary_length) for s in segments]
     # nothing has been written before the first segment of a text, so it recalls nothing
     first = 1 if state.num_closed == 0 else 0
     batch_size = config.summary_batch_size

@@ -215,10 +215,10 @@ def _recall(model: HMTForCausalLM, rows: list[_Row], segments: list[Tokens]) -> 
             recalled[i] = rows[i].state.valid()[:, 0]
         return recalled
     size = model.config.summary_length
-    if model.config.summary_source == "current":
-        sources = [segments[i].slice(0, size) for i in later]
-    else:
+    if model.config.summarises_previous:
         sources = [rows[i].state.recent.last(size) for i in later]
+    else:
+        sources = [segments[i].slice(0, size) for i in later]
     summaries = summarize(model.backbone, model.summary_prompt, sources, model.config.summary_batch_size)
     query = model.recall.absorb(torch.cat(summaries))[:, None]
     queue = torch.cat([rows[i].state._queue() for i in later])
