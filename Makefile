@@ -7,7 +7,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# of 20,000 files that pip would compile, one by one, few are ever imported: Python compiles those, when they are
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 NATIVE_SOURCES := $(shell find csrc -type f)
 
 .PHONY: demo test check audit bench bench-peer bench-slow fuzz architectures coverage compat clean

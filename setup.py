@@ -87,7 +87,7 @@ def ninja_file(target, compiler, nvcc):
         from_nvcc = [nvcc, "-ccbin", compiler]
         commands["cu"] = [*from_nvcc, *common, *cuda_targets(), "-Xcompiler", ",".join(host)]
         commands["link"] = [*from_nvcc, "-shared", "-cudart=static", "-Xcompiler", "-pthread"]
-        sources += [*CSRC.glob("cuda/*.cu"), *CSRC.glob("cuda/*.cpp")]
+        sources += CSRC.glob("cuda/*.cu")
 
     lines = []
     for rule, command in commands.items():
@@ -102,9 +102,8 @@ def ninja_file(target, compiler, nvcc):
             ]
     objects = []
     for source in sorted(sources):
-        objects.append(f"{source.parent.name}_{source.name}.o")
-        rule = "cu" if source.parent.name == "cuda" else "cpp"
-        lines.append(f"build {objects[-1]}: {rule} {escape(source)}")
+        objects.append(f"{source.name}.o")
+        lines.append(f"build {objects[-1]}: {source.suffix[1:]} {escape(source)}")
     lines.append(f"build {escape(target)}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 

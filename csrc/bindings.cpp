@@ -1,15 +1,16 @@
 // The Python module hmt_kernels._C. Tensors come as addresses, sizes and strides, so that no torch header is needed.
-#include <pybind11/pybind11.h>
+// One file includes all of pybind11, which takes longer to compile than any kernel.
+#include "cpu/bindings.h"
 
-void register_cpu(pybind11::module_& module);  // in csrc/cpu
+#include <pybind11/pybind11.h>
 #ifdef HMT_WITH_CUDA
-void register_cuda(pybind11::module_& module);  // in csrc/cuda
+#include "cuda/bindings.h"
 #endif
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "The compiled kernels of hmt_kernels.";
-  register_cpu(module);
+  hmt::cpu::register_functions(module);
 #ifdef HMT_WITH_CUDA
-  register_cuda(module);
+  hmt::cuda::register_functions(module);
 #endif
 }

@@ -4,12 +4,14 @@ The interpreter (triton 3.6 to 3.9) keeps bfloat16 as its bits in a uint16, but 
 and tl.dot are silently wrong, and float32 is cut off rather than rounded. Here every operation on bfloat16 is done
 in float32 and rounded to nearest even, as on a GPU.
 
-It also patches triton.language again at every call of a device function, which takes longer than many of them: here
-only for every launch.
+It also takes most of its time for what no result depends on: it patches triton.language again at every call of a device
+function (here for every launch only), makes its table of dtypes at every look into it, and repeats sums and products of
+integers in 64 bits to notice an overflow, which tests/kernels/test_large_offsets.py provokes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -44,7 +46,13 @@ def install() -> None:
     binary_op, unary_op = InterpreterBuilder.binary_op, InterpreterBuilder.unary_op
     cast_impl, create_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
     create_fma, patch_tensor = InterpreterBuilder.create_fma, interpreter._patch_lang_tensor
-    patch_lang = interpreter._patch_lang
+    patch_lang, get_np_dtype = interpreter._patch_lang, interpreter._get_np_dtype
+    np_dtypes: dict[str, np.dtype] = {}
+
+    def np_dtype_of(dtype):
+        if (name := dtype.scalar.name) not in np_dtypes:
+            np_dtypes[name] = get_np_dtype(dtype.scalar)
+        return np_dtypes[name]
 
     def patch_lang_for_launch(kernel):
         # Triton's own functions see tl.core where kernels see tl.
@@ -85,3 +93,6 @@ def install() -> None:
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl_bf16, create_dot_bf16
     InterpreterBuilder.create_fma, interpreter._patch_lang_tensor = create_fma_bf16, patch_tensor_index
     InterpretedFunction.__call__, interpreter._patch_lang = call_function, patch_lang_for_launch
+    interpreter._get_np_dtype = np_dtype_of
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)

@@ -5,6 +5,7 @@ Faults of the CUDA kernels (missing barriers and waits, bounds) are planted by t
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -150,6 +151,7 @@ def main() -> int:
     import transformers.models.llama.modeling_llama  # noqa: F401
     import triton  # noqa: F401
 
+    gc.freeze()  # no child looks for garbage in what is imported
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*IGNORED))
@@ -162,6 +164,7 @@ def main() -> int:
             noticed = is_noticed(tree, mutation)
             unnoticed += not noticed
             print(f"{'noticed' if noticed else 'NOT NOTICED':12} {name}: {mutation.test}", flush=True)
+    gc.unfreeze()
     print(f"{len(MUTATIONS) - unnoticed} of {len(MUTATIONS)} faults are noticed")
     return 1 if unnoticed else 0
 

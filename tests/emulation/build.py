@@ -19,7 +19,6 @@ HERE = Path(__file__).parent
 CUDA = HERE.parents[1] / "csrc" / "cuda"
 RECALL_KERNELS = ("recall_fwd.cu", "recall_bwd.cu")
 KERNELS = (*RECALL_KERNELS, "attention_rotate.cu", "attention_fwd.cu", "attention_bwd.cu")
-BINDINGS = ("bindings_cuda.cpp", "bindings_attention.cpp")
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or "c++"
 
 # products and sums are not fused where only some of the builds below would
@@ -41,7 +40,7 @@ def build_module(folder: Path) -> ModuleType:
     # pybind11 is slow to compile, and what it compiles to here need not be fast
     binding_flags = ["-O0", *flags[1:], f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     sources = {CUDA / name: flags for name in KERNELS}
-    sources |= {CUDA / name: binding_flags for name in BINDINGS} | {HERE / "module.cpp": binding_flags}
+    sources = {HERE / "module.cpp": binding_flags} | sources  # what takes longest comes first
     library = folder / "hmt_cuda_emulated.so"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:

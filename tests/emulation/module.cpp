@@ -1,9 +1,8 @@
 // The bindings over the emulated kernels, as a Python module: pointers are addresses of CPU memory.
 #include <pybind11/pybind11.h>
 
+#include "bindings.h"
 #include "device.cuh"
-
-void register_cuda(pybind11::module_& module);
 
 namespace {
 
@@ -30,15 +29,12 @@ void run(const MatrixInstruction& instruction) {
   hmt::cuda::launch(matrix_kernel, 1, 32, 0, instruction, nullptr);
 }
 
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
+using hmt::cuda::pointer;
 
 }  // namespace
 
 PYBIND11_MODULE(hmt_cuda_emulated, module) {
-  register_cuda(module);
+  hmt::cuda::register_functions(module);
   module.def("mma", [](uintptr_t a, uintptr_t b, uintptr_t c, bool bfloat16) {
     MatrixInstruction p = {};
     p.a = pointer<uint32_t[4]>(a), p.b = pointer<uint32_t[2]>(b), p.c = pointer<float[4]>(c), p.bfloat16 = bfloat16;

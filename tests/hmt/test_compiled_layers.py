@@ -44,17 +44,17 @@ def pair(name: str = "llama", **settings: object) -> tuple[HMTForCausalLM, HMTFo
         if getattr(config, "layer_types", None):
             config.layer_types = [config.layer_types[0]] * 5
         plain = AutoModelForCausalLM.from_config(config).eval()
-        shape = {"segment_length": 16, "num_sensory": 3, "queue_size": 3, "summary_batch_size": 4}
-        models.append(HMTForCausalLM.from_backbone(plain, compile_layers=compiles, **shape, **settings))
+        shape = {"segment_length": 16, "num_sensory": 3, "queue_size": 3, "summary_batch_size": 4, **settings}
+        models.append(HMTForCausalLM.from_backbone(plain, compile_layers=compiles, **shape))
     models[0].load_state_dict(models[1].state_dict())
     return models[0], models[1]
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "mistral-window", "qwen3", "gpt-neox", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "opt", "gemma2"])
 def test_training(name: str, graphs: list) -> None:
     """Loss, logits, memories and every gradient."""
     ours, theirs = pair(name)
-    padded = name in ("llama", "mistral-window")
+    padded = name == "llama"
     ids = token_ids(2, 16 * 3 + 5)
     mask = torch.ones_like(ids)
     mask[1, 20:24] = 1 - padded
@@ -148,7 +148,7 @@ def test_settings_that_do_not_go_together() -> None:
 
 def test_with_the_code_generator(fresh_compiler: None) -> None:
     """As users have it, in training with recomputed segments."""
-    ours, theirs = pair(mode="rmt")
+    ours, theirs = pair(mode="rmt", num_sensory=0)  # one shape: inductor is slow
     ids = token_ids(1, 16 * 3)
     losses = [model.train()(ids, labels=ids).loss for model in (ours, theirs)]
     for loss in losses:

@@ -107,7 +107,7 @@ def test_compiled_equals_eager(return_lse):
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("return_lse", [True, False], ids=["reference", "sdpa"])
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("kind", ["plain", "window", "hole", "everything"])
 def test_compiled_once_for_all_lengths(kind, return_lse):
     compiled = torch.compile(attention_loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for stance, lengths in (("default", (5, 9)), ("fail_on_recompile", (12, 17))):

@@ -17,6 +17,7 @@ from hmt_kernels.triton_launch import Target
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if implementation.INTERPRETED:
     interpreter_bf16.install()
+REPEATS = 5 if implementation.INTERPRETED else 20
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # shape is (B, Hq, Hkv, Tq, Tk, D); rotary (rows, R, dtype of the tables); layout that of q, k, v; the rest as in the
@@ -190,11 +191,11 @@ def test_keys_that_no_row_sees_are_not_read(q_len):
     assert torch.equal(segment_attention(q, k, v, **settings, impl="triton"), before)
 
 
-def test_twenty_repeats_of_a_segment_give_the_same_bits(monkeypatch):
+def test_repeats_of_a_segment_give_the_same_bits(monkeypatch):
     qkv, settings, oracle_settings = make_case((1, 2, 1, 65, 70, 32), FP16, (1, 32, FP32), [(20, 55)])
     arguments = (*(x.detach() for x in qkv), settings["cos"], settings["sin"], settings["pad_span"], None, 32**-0.5)
     results = []
-    for _ in range(20):
+    for _ in range(REPEATS):
         shuffle_blocks(monkeypatch)
         o, lse = implementation.forward(*arguments)
         results.append((o, lse, *implementation.backward(o, lse, *arguments[:6], o, lse, *arguments[6:])))
@@ -203,7 +204,7 @@ def test_twenty_repeats_of_a_segment_give_the_same_bits(monkeypatch):
     check(results[0], qkv, *results[0][:2], oracle_settings)
 
 
-def test_twenty_repeats_of_split_decoding_in_random_block_order_give_the_same_bits(monkeypatch):
+def test_repeats_of_split_decoding_in_random_block_order_give_the_same_bits(monkeypatch):
     monkeypatch.setattr(implementation, "target_of", lambda device: Target(90, 132))
     splits = []
     decode_splits = triton_configs.decode_splits
@@ -213,7 +214,7 @@ def test_twenty_repeats_of_split_decoding_in_random_block_order_give_the_same_bi
     qkv, settings, oracle_settings = make_case((1, 4, 2, 1, 400, 32), BF16, (1, 32, FP32), [(20, 150)])
     arguments = (*(x.detach() for x in qkv), settings["cos"], settings["sin"], settings["pad_span"], None, 32**-0.5)
     results = []
-    for _ in range(20):
+    for _ in range(REPEATS):
         shuffle_blocks(monkeypatch)
         results.append(implementation.forward(*arguments))
         assert (counters == 0).all()  # ready for the next launch

@@ -1,12 +1,12 @@
 // The CPU kernels as Python functions of addresses, sizes, strides (in elements) and a dtype code.
+#pragma once
+
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <tuple>
 
 #include "recall.h"
-
-namespace py = pybind11;
 
 namespace hmt::cpu {
 namespace {
@@ -47,7 +47,7 @@ void forward(const Shape& shape, int dtype, float softmax_scale, const RowsTuple
   Recall p = recall(shape, dtype, softmax_scale, query, memory, num_valid, recalled, lse);
   p.slot = pointer<int32_t>(slot);
   const Kernels& kernels = choose_kernels();
-  py::gil_scoped_release release;
+  pybind11::gil_scoped_release release;
   memory_recall_fwd(p, kernels, num_threads);
 }
 
@@ -60,15 +60,16 @@ void backward(const Shape& shape, int dtype, float softmax_scale, const RowsTupl
   p.d_query = contiguous(d_query, p.queries, p.dim);
   p.d_memory = contiguous(d_memory, p.slots, p.dim);
   const Kernels& kernels = choose_kernels();
-  py::gil_scoped_release release;
+  pybind11::gil_scoped_release release;
   memory_recall_bwd(p, kernels, num_threads);
 }
 
 }  // namespace
-}  // namespace hmt::cpu
 
-void register_cpu(py::module_& module) {
-  module.def("cpu_isa", [] { return hmt::cpu::choose_kernels().name; });
-  module.def("memory_recall_cpu_fwd", &hmt::cpu::forward);
-  module.def("memory_recall_cpu_bwd", &hmt::cpu::backward);
+inline void register_functions(pybind11::module_& module) {
+  module.def("cpu_isa", [] { return choose_kernels().name; });
+  module.def("memory_recall_cpu_fwd", &forward);
+  module.def("memory_recall_cpu_bwd", &backward);
 }
+
+}  // namespace hmt::cpu
