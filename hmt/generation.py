@@ -48,6 +48,17 @@ class HMTGenerationMixin(GenerationMixin):
                 raise ValueError(f"generate() of HMT cannot do {name}, got {value!r:.80}")
         return super().generate(inputs, generation_config, *args, **kwargs)
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: it (and generate_batch, which begins with it) pages the keys of whole contexts, which no HMT keeps.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "continuous batching of transformers does not work with HMT, which keeps no keys of a whole context: "
+            "generate(ids, state=[...]) and hmt.serving.step take documents at different positions"
+        )
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,

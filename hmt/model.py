@@ -13,14 +13,8 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hmt.backbone import (
-    apply_head,
-    check_backbone,
-    check_positions,
-    is_quantised,
-    known_embeddings,
-    patch_layers,
-)
+from hmt.backbone import apply_head, is_quantised, known_embeddings, patch_layers
+from hmt.backbone_checks import check_backbone, check_positions
 from hmt.body import HMTBody
 from hmt.config import HMTConfig
 from hmt.generation import HMTGenerationMixin
@@ -279,6 +273,11 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
     @torch.no_grad()
     def read(self, input_ids: Tensor, state: HMTState | None = None, attention_mask: Tensor | None = None) -> HMTState:
         """Read input_ids [B, T] and return only the new state; tokens past the last full segment wait in it unread."""
+        if isinstance(state, (list, tuple)):
+            raise TypeError(
+                f"state must be an HMTState, got a {type(state).__name__}: HMTState.stack joins states of the same "
+                "position, hmt.serving.step reads after others"
+            )
         check_inputs(input_ids, attention_mask, state=state)
         state = self._state(state, input_ids)
         text = Tokens.of(input_ids, attention_mask)

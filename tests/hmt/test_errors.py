@@ -16,6 +16,7 @@ META = torch.device("meta")
 
 # what is replaced, the error, a part of its message
 READ = {
+    "state-list": ({"state": lambda m: [m.new_state()]}, TypeError, "state must be an HMTState, got a list: "),
     "ids-none": ({"input_ids": None}, TypeError, "input_ids must be an integer tensor .*got NoneType"),
     "ids-list": ({"input_ids": [[1]]}, TypeError, "input_ids must be an integer tensor .*got list"),
     "ids-float": ({"input_ids": INTS.float()}, ValueError, r"input_ids must .*got torch.float32 \(1, 9\)"),
@@ -46,6 +47,7 @@ FORWARD = READ | {
     "shift_labels-shape": ({"shift_labels": INTS[:, 1:]}, ValueError, "shift_labels must have the shape"),
     "keep-negative": ({"logits_to_keep": -1}, ValueError, "logits_to_keep must be an integer >= 0 or None, got -1"),
     "keep-float": ({"logits_to_keep": 2.0}, ValueError, "logits_to_keep must be an integer >= 0 or None, got 2.0"),
+    "state-list": ({"state": lambda m: [m.new_state()]}, ValueError, "a list of states needs logits_to_keep >= 1"),
     "states-empty": ({"state": [], "logits_to_keep": 1}, ValueError, "state has 0 states, but input_ids has 1 rows"),
     "states-labels": ({"state": lambda m: [m.new_state()], "labels": INTS}, ValueError, "takes no labels"),
     "unknown": ({"position_ids": INTS}, TypeError, "forward does not take position_ids"),

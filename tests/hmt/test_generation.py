@@ -314,3 +314,10 @@ def test_a_cache_of_inference_mode_outside_of_it() -> None:
         expected = model(ids[:, 22:], state=model(ids[:, :22], use_cache=True).state, use_cache=True).logits
         actual = model(ids[:, 22:], state=state, use_cache=True).logits
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_continuous_batching_says_what_to_use_instead() -> None:
+    model = hmt_model()
+    config = GenerationConfig(max_new_tokens=5, eos_token_id=-1, pad_token_id=0)
+    with pytest.raises(NotImplementedError, match=r"hmt\.serving\.step"):
+        model.generate_batch([[5, 6, 7]], generation_config=config)
