@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ TRAINABLE = ("full", "lora", "memory")
 FILE = "hmt_adapter.safetensors"
 FORMAT, VERSION = "hmt_adapter", "1"
 DIGEST = "metadata_sha256"  # of all other metadata; absent in the first files
+FACTOR = re.compile(r"\.lora_(?:[AB]\.default\.weight|embedding_[AB]\.default)$")
+KEEP_WEIGHTS = (True, False, "gaussian", "orthogonal")  # initialisations of factors beside weights as they were
 SETTINGS = (
     "mode",
     "segment_length",
@@ -82,7 +85,9 @@ def select(
 def save_adapter(
     model: HMTForCausalLM, directory: str | Path, backbone: str, *, dtype: torch.dtype | None = None
 ) -> None:
-    """Write what `select` left to train, and how to read with it, into one small file of a directory.
+    """Write what was trained, the memory, and how to read with them, into one small file of a directory.
+
+    That is what `select` left to train, or the LoRA factors that PEFT has put into the model by itself.
 
     Args:
         backbone: directory or hub name for `load_adapter` of what was trained on: a language model, or an HMT or
@@ -90,13 +95,12 @@ def save_adapter(
         dtype: of the numbers in the file, torch.bfloat16 for one of half the size; None keeps the model's.
 
     Raises:
-        ValueError: a directory that `check_directory` refuses.
+        ValueError: a directory that `check_directory` refuses; a model with anything of PEFT's but plain LoRA.
     """
     check_directory(directory, backbone)
     if Path(backbone).is_dir():
         backbone = os.path.abspath(backbone)
-    named = dict(model.named_parameters())
-    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in named.items() if p.requires_grad}
+    tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in _trained(model).items()}
     scales = {name: m.scaling["default"] for name, m in model.named_modules() if hasattr(m, "lora_A")}
     metadata = {
         "version": VERSION,
@@ -109,6 +113,34 @@ def save_adapter(
     Path(directory).mkdir(parents=True, exist_ok=True)
     # one entry, because safetensors writes several in random order: equal adapters are equal files
     write_whole(Path(directory) / FILE, save(tensors, {FORMAT: json.dumps(metadata)}))
+
+
+def _trained(model: HMTForCausalLM) -> dict[str, nn.Parameter]:
+    """What requires gradients, and the memory even if it is frozen, by name.
+
+    Raises:
+        ValueError: what `load_adapter` could not put back.
+    """
+    configs = (getattr(module, "peft_config", {}) for module in (model, model.backbone))
+    starts = [getattr(config, "init_lora_weights", True) for of_module in configs for config in of_module.values()]
+    refused = [
+        f"init_lora_weights={start!r}, which changes the weights" for start in starts if start not in KEEP_WEIGHTS
+    ]
+    tuned = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "adapter_layer_names"))
+    trained = {}
+    for name, parameter in model.named_parameters():
+        beside = name.startswith("backbone.")
+        if beside and not parameter.requires_grad:
+            continue
+        if name.startswith(tuned) and not (beside and FACTOR.search(name)):
+            refused.append(name)
+        trained[name] = parameter
+    if refused:
+        raise ValueError(
+            f"an adapter must be whole weights or plain LoRA factors of the backbone, got {refused[0]}: PEFT's "
+            "save_pretrained keeps that, or merge_and_unload() makes it a model to save"
+        )
+    return trained
 
 
 def load_adapter(
@@ -148,9 +180,11 @@ def load_adapter(
     if found != expected:
         raise ValueError(f"{str(path)!r} does not fit: it should hold {sorted(expected)}, but holds {sorted(found)}")
     try:
-        model.load_state_dict(tensors, strict=False)
+        unknown = model.load_state_dict(tensors, strict=False).unexpected_keys
     except RuntimeError as error:
         raise ValueError(f"{str(path)!r} does not fit the backbone {type(backbone).__name__}: {error}") from error
+    if unknown:
+        raise ValueError(f"{str(path)!r} does not fit the backbone {type(backbone).__name__}: it has no {unknown[0]}")
     return model
 
 
@@ -248,8 +282,8 @@ def _merge(backbone: PreTrainedModel, tensors: dict[str, torch.Tensor], scales: 
         if not isinstance(layer, kinds) or layer.weight.shape != update.shape:
             kind = "embedding" if embeds else "linear layer"
             raise ValueError(f"{str(path)!r} does not fit the backbone {type(backbone).__name__}: no {kind} {name}")
-        head = backbone.get_output_embeddings()
-        if embeds and head is not None and head.weight is layer.weight:  # the factors were the embedding's alone
-            untie_head(backbone)
+        head, embedding = backbone.get_output_embeddings(), backbone.get_input_embeddings()
+        if layer in (head, embedding) and head is not None and head.weight is embedding.weight:
+            untie_head(backbone)  # the factors were those of one of them alone
         with torch.no_grad():
             layer.weight += update.to(layer.weight)

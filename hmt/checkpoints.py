@@ -59,10 +59,11 @@ def load_hmt_pytorch(
     foreign = [key for key in weights if not BACKBONE.match(key)]
     if foreign:
         raise ValueError(f"source is no HMT-pytorch checkpoint: unknown keys {_some(foreign)}")
-    weights, embeddings = _merge_lora({BACKBONE.sub("", key): value for key, value in weights.items()}, lora_alpha)
+    weights, adapted = _merge_lora({BACKBONE.sub("", key): value for key, value in weights.items()}, lora_alpha)
     for key, source_key in dict(getattr(backbone, "all_tied_weights_keys", {})).items():
-        if source_key in embeddings:  # the factors were the embedding's alone
-            weights.setdefault(key, embeddings[source_key])
+        if key in adapted or source_key in adapted:  # the factors were those of one of them alone
+            if source_key in adapted:
+                weights.setdefault(key, adapted[source_key])
             untie_head(backbone)
 
     settings.setdefault("mode", "hmt" if "summary_prompt" in own else "rmt" if "memory" in own else "baseline")
@@ -104,24 +105,28 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _merge_lora(weights: dict[str, Tensor], alpha: float | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """All weights with W + alpha/r B A where there are factors; and of embeddings that have some, W as it was."""
+    """All weights with W + alpha/r B A where there are factors; and of the layers that have some, W as it was."""
     factors: dict[str, dict[str, Tensor]] = {}
-    merged, embeddings = {}, {}
+    embeddings, merged = set(), {}
     for key, value in weights.items():
         if match := LORA.match(key):
             factors.setdefault(match["layer"], {})[match["factor"]] = value
             if match["embedding"]:
-                embeddings[f"{match['layer']}.weight"] = weights[f"{match['layer']}.base_layer.weight"]
+                embeddings.add(match["layer"])
         else:
             merged[key.replace(".base_layer.", ".")] = value
     if factors and alpha is None:
         raise ValueError(f"lora_alpha is required: the checkpoint holds LoRA factors of {len(factors)} layers")
+    torn = [layer for layer, pair in factors.items() if len(pair) < 2 or f"{layer}.weight" not in merged]
+    if torn:
+        raise ValueError(f"source must hold lora_A, lora_B and the weight of each layer, but lacks some of {_some(torn)}")
+    adapted = {f"{layer}.weight": merged[f"{layer}.weight"] for layer in factors}
     for layer, pair in factors.items():
         key = f"{layer}.weight"
         weight, rank = merged[key], pair["A"].shape[0]
         update = (cast(float, alpha) / rank) * (pair["B"].float() @ pair["A"].float())
-        merged[key] = (weight.float() + (update.T if key in embeddings else update)).to(weight.dtype)
-    return merged, embeddings
+        merged[key] = (weight.float() + (update.T if layer in embeddings else update)).to(weight.dtype)
+    return merged, adapted
 
 
 def _some(keys: list[str]) -> str:

@@ -119,20 +119,31 @@ def test_lora_factors_are_merged() -> None:
         torch.testing.assert_close(model.backbone.state_dict()[key], value)
     with pytest.raises(ValueError, match="lora_alpha"):
         load_hmt_pytorch(weights, golden.build_backbone(case), **settings)
+    for part in ("base_layer.weight", "lora_A.default.weight"):
+        kept = {key: value for key, value in weights.items() if not key.endswith(f"0.self_attn.q_proj.{part}")}
+        with pytest.raises(ValueError, match=r"must hold lora_A, lora_B .* but lacks some of model\.layers\.0"):
+            load_hmt_pytorch(kept, golden.build_backbone(case), lora_alpha=alpha, **settings)
 
 
 # what HMT-pytorch's --use_lora adapts
 TARGETS = ["embed_tokens", "gate_proj", "up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "opt-projected"])
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("llama", TARGETS), ("llama-tied", TARGETS), ("qwen2", TARGETS), ("opt-projected", TARGETS),
+        ("llama-tied", ["q_proj", "lm_head"]), ("llama-tied", ["embed_tokens", "lm_head"]),
+    ],
+    ids=["llama", "llama-tied", "qwen2", "opt-projected", "tied-head", "tied-head-and-embedding"],
+)  # fmt: skip
 @torch.no_grad()
-def test_lora_as_hmt_pytorch_trains_it(name: str, tmp_path: Path) -> None:
+def test_lora_as_hmt_pytorch_trains_it(name: str, targets: list[str], tmp_path: Path) -> None:
     """The embedding has factors too; an LM head that shares its weights has none, and must stay as it was."""
     peft = pytest.importorskip("peft")
     lm = backbone(name)
     width = lm.get_input_embeddings().weight.shape[1]
-    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS, r=8, lora_alpha=32, lora_dropout=0.1)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets, r=8, lora_alpha=32, lora_dropout=0.1)
     adapted = peft.get_peft_model(lm, lora)
     for key, parameter in adapted.named_parameters():
         if "lora_" in key:
