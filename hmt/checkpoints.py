@@ -119,7 +119,7 @@ def _merge_lora(weights: dict[str, Tensor], alpha: float | None) -> tuple[dict[s
         raise ValueError(f"lora_alpha is required: the checkpoint holds LoRA factors of {len(factors)} layers")
     torn = [layer for layer, pair in factors.items() if len(pair) < 2 or f"{layer}.weight" not in merged]
     if torn:
-        raise ValueError(f"source must hold lora_A, lora_B and the weight of each layer, but lacks some of {_some(torn)}")
+        raise ValueError(f"source must hold lora_A, lora_B and the weight of a layer, but lacks some of {_some(torn)}")
     adapted = {f"{layer}.weight": merged[f"{layer}.weight"] for layer in factors}
     for layer, pair in factors.items():
         key = f"{layer}.weight"
