@@ -47,6 +47,7 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
     config_class = HMTConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
+    _keep_in_fp32_modules = ("recall",)  # nor quantised by from_pretrained: it can be trained
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

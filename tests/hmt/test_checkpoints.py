@@ -9,6 +9,8 @@ import pytest
 import torch
 from backbones import CONFIGS, backbone, hmt_model, token_ids
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hmt import HMTConfig, HMTForCausalLM
 from hmt.checkpoints import load_hmt_pytorch
@@ -123,6 +125,20 @@ def test_lora_factors_are_merged() -> None:
         kept = {key: value for key, value in weights.items() if not key.endswith(f"0.self_attn.q_proj.{part}")}
         with pytest.raises(ValueError, match=r"must hold lora_A, lora_B .* but lacks some of model\.layers\.0"):
             load_hmt_pytorch(kept, golden.build_backbone(case), lora_alpha=alpha, **settings)
+
+
+def test_recall_keeps_its_precision_beside_layers_of_less(tmp_path: Path) -> None:
+    """Loaded in float16, or by a quantizer of transformers, for which the same list counts."""
+    model = hmt_model().eval()
+    model.save_pretrained(tmp_path)
+    loaded = HMTForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
+    assert (loaded.recall.wq.weight.dtype, loaded.memory.dtype) == (torch.float32, torch.float16)
+    ids = token_ids(2, 70)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits.float(), model(ids).logits, atol=0.01, rtol=0.01)
+    kept = HfQuantizer.get_modules_to_not_convert(loaded, None, loaded._keep_in_fp32_modules)
+    assert not should_convert_module("recall.wq", kept)
+    assert should_convert_module("backbone.model.layers.0.self_attn.q_proj", kept)
 
 
 # what HMT-pytorch's --use_lora adapts
