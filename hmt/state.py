@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from hmt.tokens import Tokens, stack_rows
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class HMTState:
     """State after reading a text of any length, for B rows that share their segment borders.
 
@@ -29,7 +29,17 @@ class HMTState:
     num_closed: int
     recent: Tokens
     open: Tokens
-    cache: Cache | None = field(default=None, repr=False)
+    cache: Cache | None = None
+
+    def __repr__(self) -> str:
+        """Its size and position instead of pages of numbers."""
+        memories = (
+            "none" if self.queue is None else f"{list(self.queue.shape)} {self.queue.dtype} on {self.queue.device}"
+        )
+        return (
+            f"HMTState(batch_size={self.batch_size}, num_closed={self.num_closed}, num_open={self.num_open}, "
+            f"queue={memories}{', cached' if self.cache is not None else ''})"
+        )
 
     @property
     def num_open(self) -> int:
@@ -73,8 +83,10 @@ class HMTState:
         """The same state with no cached keys and values."""
         return replace(self, cache=None)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> HMTState:
+    def to(self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None) -> HMTState:
         """The same state on another device, or with memories of another dtype; its cache is rebuilt on use."""
+        if isinstance(device, torch.dtype):  # alone, as a tensor's
+            device, dtype = None, device
         queue = None if self.queue is None else self.queue.to(device=device, dtype=dtype)
         return HMTState(queue, self.num_closed, self.recent.to(device), self.open.to(device))
 

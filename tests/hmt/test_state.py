@@ -200,7 +200,7 @@ def test_states_at_different_positions_do_not_stack() -> None:
 def test_another_dtype() -> None:
     model = hmt_model(summary_source="previous")
     state = model(token_ids(2, 40), use_cache=True).state
-    half = state.to(dtype=torch.bfloat16)
+    half = state.to(torch.bfloat16)
     assert half.queue.dtype == torch.bfloat16 and half.open.ids.dtype == torch.int64 and half.cache is None
     ids = token_ids(2, 20, seed=1)
     low = HMTForCausalLM.from_backbone(model.backbone, segment_length=16, num_sensory=3, queue_size=3)
@@ -237,3 +237,13 @@ def test_the_queue_has_the_size_it_was_made_with() -> None:
     expected = hmt_model(queue_size=5)(ids, state=state)
     torch.testing.assert_close(out.logits, expected.logits)
     torch.testing.assert_close(out.state.memories(), expected.state.memories())
+
+
+@torch.no_grad()
+def test_a_state_is_shown_by_what_it_has_read() -> None:
+    model = hmt_model()
+    state = model(token_ids(2, 40), use_cache=True).state
+    shown = "HMTState(batch_size=2, num_closed=2, num_open=8, queue=[2, 3, 64] torch.float32 on cpu, cached)"
+    assert repr(state) == shown and repr(state.without_cache()) == shown.replace(", cached", "")
+    assert "queue=none" in repr(hmt_model(mode="baseline").new_state())
+    assert state in [model.new_state(2), state] and state.without_cache() != state
