@@ -26,6 +26,7 @@ FILE = "hmt_adapter.safetensors"
 FORMAT, VERSION = "hmt_adapter", "1"
 DIGEST = "metadata_sha256"  # of all other metadata; absent in the first files
 FACTOR = re.compile(r"\.lora_(?:[AB]\.default\.weight|embedding_[AB]\.default)$")
+WRAPPED = re.compile(r"\.(?:base_layer|original_module)\.")
 KEEP_WEIGHTS = (True, False, "gaussian", "orthogonal")  # initialisations of factors beside weights as they were
 SETTINGS = (
     "mode",
@@ -116,23 +117,21 @@ def save_adapter(
 
 
 def _trained(model: HMTForCausalLM) -> dict[str, nn.Parameter]:
-    """What requires gradients, and the memory even if it is frozen, by name.
+    """What requires gradients, and the memory and factors even if they are frozen, by name.
 
     Raises:
         ValueError: what `load_adapter` could not put back.
     """
     configs = (getattr(module, "peft_config", {}) for module in (model, model.backbone))
     starts = [getattr(config, "init_lora_weights", True) for of_module in configs for config in of_module.values()]
-    refused = [
-        f"init_lora_weights={start!r}, which changes the weights" for start in starts if start not in KEEP_WEIGHTS
-    ]
+    refused = [f"init_lora_weights={start!r}, which changes weights" for start in starts if start not in KEEP_WEIGHTS]
     tuned = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "adapter_layer_names"))
     trained = {}
     for name, parameter in model.named_parameters():
-        beside = name.startswith("backbone.")
-        if beside and not parameter.requires_grad:
+        beside, inside = name.startswith("backbone."), name.startswith(tuned)
+        if beside and not parameter.requires_grad and (not inside or WRAPPED.search(name)):
             continue
-        if name.startswith(tuned) and not (beside and FACTOR.search(name)):
+        if inside and not (beside and FACTOR.search(name)):
             refused.append(name)
         trained[name] = parameter
     if refused:

@@ -19,6 +19,7 @@ LORA: dict[str, Any] = {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "v
 
 PLAIN = {
     "as-usual": ("llama", {}),
+    "frozen": ("llama", {}),  # as PEFT loads what is not to be trained further
     "rank-stabilised": ("llama", {"use_rslora": True}),
     "ranks-by-layer": ("llama", {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {"v_proj": 32}}),
     "head": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
@@ -42,6 +43,8 @@ def test_plain_factors_come_back_and_so_does_the_memory_that_peft_froze(case: st
     model = peft.get_peft_model(hmt_model(name), peft.LoraConfig(**(LORA | changes))).get_base_model()
     assert not model.memory.requires_grad
     randomize(model)
+    if case == "frozen":
+        model.requires_grad_(False)
     save_adapter(model, tmp_path, "nowhere")
     ids = torch.randint(3, VOCAB, (2, 50))
     loaded = load_adapter(tmp_path, backbone(name)).eval()
@@ -54,6 +57,8 @@ def test_what_an_adapter_does_not_hold_is_refused(case: str, tmp_path: Path) -> 
     config, named = REFUSED[case]
     name = "qwen2" if case == "biases" else "llama"
     model = peft.get_peft_model(hmt_model(name), config).get_base_model()
+    if case not in ("biases", "memory"):  # which look like weights of before, or are kept in any case
+        model.requires_grad_(False)
     with pytest.raises(ValueError, match=f"whole weights or plain LoRA .*{named}.*merge_and_unload"):
         save_adapter(model, tmp_path, "nowhere")
     assert not (tmp_path / FILE).exists()
