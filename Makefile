@@ -7,7 +7,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-# of 20,000 files that pip would compile, one by one, few are ever imported: Python compiles those, when they are
+# pip would compile 20,000 files, one by one; few are ever imported, and Python compiles those on import, and keeps them
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 NATIVE_SOURCES := $(shell find csrc -type f)

@@ -1,5 +1,5 @@
 // The Python module hmt_kernels._C. Tensors come as addresses, sizes and strides, so that no torch header is needed.
-// One file includes all of pybind11, which takes longer to compile than any kernel.
+// Only this file compiles pybind11, which takes longer than any kernel.
 #include "cpu/bindings.h"
 
 #include <pybind11/pybind11.h>

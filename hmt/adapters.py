@@ -27,7 +27,7 @@ FORMAT, VERSION = "hmt_adapter", "1"
 DIGEST = "metadata_sha256"  # of all other metadata; absent in the first files
 FACTOR = re.compile(r"\.lora_(?:[AB]\.default\.weight|embedding_[AB]\.default)$")
 WRAPPED = re.compile(r"\.(?:base_layer|original_module)\.")
-KEEP_WEIGHTS = (True, False, "gaussian", "orthogonal")  # initialisations of factors beside weights as they were
+KEEP_WEIGHTS = ("true", "false", "gaussian", "orthogonal", "eva", "mica")  # factors begin beside weights as they were
 SETTINGS = (
     "mode",
     "segment_length",
@@ -88,7 +88,7 @@ def save_adapter(
 ) -> None:
     """Write what was trained, the memory, and how to read with them, into one small file of a directory.
 
-    That is what `select` left to train, or the LoRA factors that PEFT has put into the model by itself.
+    That is what `select` left to train, or the LoRA factors that PEFT has put in; a PeftModel will do.
 
     Args:
         backbone: directory or hub name for `load_adapter` of what was trained on: a language model, or an HMT or
@@ -99,6 +99,7 @@ def save_adapter(
         ValueError: a directory that `check_directory` refuses; a model with anything of PEFT's but plain LoRA.
     """
     check_directory(directory, backbone)
+    model = unwrap(getattr(model, "_orig_mod", model))  # of torch.compile
     if Path(backbone).is_dir():
         backbone = os.path.abspath(backbone)
     tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in _trained(model).items()}
@@ -122,18 +123,28 @@ def _trained(model: HMTForCausalLM) -> dict[str, nn.Parameter]:
     Raises:
         ValueError: what `load_adapter` could not put back.
     """
-    configs = (getattr(module, "peft_config", {}) for module in (model, model.backbone))
-    starts = [getattr(config, "init_lora_weights", True) for of_module in configs for config in of_module.values()]
-    refused = [f"init_lora_weights={start!r}, which changes weights" for start in starts if start not in KEEP_WEIGHTS]
-    tuned = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "adapter_layer_names"))
+    refused = []
+    for config in [c for module in model.modules() for c in vars(module).get("peft_config", {}).values()]:
+        start, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
+        refused += [f"init_lora_weights={start!r}, which changes weights"] * (str(start).lower() not in KEEP_WEIGHTS)
+        refused += [f"bias={bias!r}"] * (bias != "none")
+    layers = dict(model.named_modules())
+    tuned = tuple(f"{name}." for name, layer in layers.items() if hasattr(layer, "adapter_layer_names"))
     trained = {}
     for name, parameter in model.named_parameters():
-        beside, inside = name.startswith("backbone."), name.startswith(tuned)
-        if beside and not parameter.requires_grad and (not inside or WRAPPED.search(name)):
+        beside, inside, factor = name.startswith("backbone."), name.startswith(tuned), FACTOR.search(name)
+        if beside and not factor and not parameter.requires_grad and (not inside or WRAPPED.search(name)):
             continue
-        if inside and not (beside and FACTOR.search(name)):
+        if inside and not (beside and factor):
             refused.append(name)
         trained[name] = parameter
+    for name, layer in layers.items():
+        if hasattr(layer, "lora_A"):
+            plain = isinstance(layer.get_base_layer(), (nn.Linear, Conv1D, nn.Embedding))
+            refused += [name] * (not plain or bool(getattr(layer, "lora_variant", None)))
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if hasattr(head, "lora_A") and getattr(embedding, "weight", None) is head.weight and head.weight.requires_grad:
+        refused.append("factors of a head whose weights are trained as the embedding's")
     if refused:
         raise ValueError(
             f"an adapter must be whole weights or plain LoRA factors of the backbone, got {refused[0]}: PEFT's "
@@ -274,6 +285,11 @@ def _merge(backbone: PreTrainedModel, tensors: dict[str, torch.Tensor], scales: 
         keys = [f"{name}.lora_embedding_{x}.default" if embeds else f"{name}.lora_{x}.default.weight" for x in "AB"]
         a, b = (tensors.pop(key).float() for key in keys)
         layer = modules.get(name.removeprefix("backbone."))
+        if not getattr(layer, "weight", a).is_floating_point():
+            raise ValueError(
+                f"{str(path)!r} holds LoRA factors, which cannot be added to quantised weights, as those of "
+                f"{name}: load it with the backbone as it was before"
+            )
         update = scale * (b @ a)
         if embeds or isinstance(layer, Conv1D):  # GPT-2's linear layer, transposed as an embedding is
             update = update.T

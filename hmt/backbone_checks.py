@@ -1,4 +1,4 @@
-"""Whether a causal language model can be the backbone of a recurrence, found out by running it on six tokens."""
+"""Whether a causal language model can be the backbone of a recurrence: by its config, and run on six tokens."""
 
 from __future__ import annotations
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hmt.backbone import untie_head
 from hmt.model import HMTForCausalLM
 
 PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")
 BACKBONE = re.compile(r"^memory_cell\.model\.(?:base_model\.model\.)?")
-LORA = re.compile(r"^(?P<layer>.*)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.[^.]+)*$")
+LORA = re.compile(r"^(?P<layer>.*)\.lora_(?:embedding_)?(?P<factor>[AB])(?:\.[^.]+)*$")
 OWN = {
     "mem": "summary_prompt",
     "memory_cell.memory": "memory",
@@ -59,7 +60,9 @@ def load_hmt_pytorch(
     foreign = [key for key in weights if not BACKBONE.match(key)]
     if foreign:
         raise ValueError(f"source is no HMT-pytorch checkpoint: unknown keys {_some(foreign)}")
-    weights, adapted = _merge_lora({BACKBONE.sub("", key): value for key, value in weights.items()}, lora_alpha)
+    transposed = {name for name, module in backbone.named_modules() if isinstance(module, (nn.Embedding, Conv1D))}
+    stripped = {BACKBONE.sub("", key): value for key, value in weights.items()}
+    weights, adapted = _merge_lora(stripped, lora_alpha, transposed)
     for key, source_key in dict(getattr(backbone, "all_tied_weights_keys", {})).items():
         if key in adapted or source_key in adapted:  # the factors were those of one of them alone
             if source_key in adapted:
@@ -104,15 +107,20 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return weights
 
 
-def _merge_lora(weights: dict[str, Tensor], alpha: float | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _merge_lora(
+    weights: dict[str, Tensor], alpha: float | None, transposed: Set[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """All weights with W + alpha/r B A where there are factors; and of the layers that have some, W as it was."""
     factors: dict[str, dict[str, Tensor]] = {}
-    embeddings, merged = set(), {}
+    merged = {}
     for key, value in weights.items():
         if match := LORA.match(key):
-            factors.setdefault(match["layer"], {})[match["factor"]] = value
-            if match["embedding"]:
-                embeddings.add(match["layer"])
+            pair = factors.setdefault(match["layer"], {})
+            if match["factor"] in pair or key.endswith(".bias"):
+                raise ValueError(
+                    f"source must hold one pair of LoRA factors of a layer and no biases, got {key} as well"
+                )
+            pair[match["factor"]] = value
         else:
             merged[key.replace(".base_layer.", ".")] = value
     if factors and alpha is None:
@@ -125,7 +133,7 @@ def _merge_lora(weights: dict[str, Tensor], alpha: float | None) -> tuple[dict[s
         key = f"{layer}.weight"
         weight, rank = merged[key], pair["A"].shape[0]
         update = (cast(float, alpha) / rank) * (pair["B"].float() @ pair["A"].float())
-        merged[key] = (weight.float() + (update.T if layer in embeddings else update)).to(weight.dtype)
+        merged[key] = (weight.float() + (update.T if layer in transposed else update)).to(weight.dtype)
     return merged, adapted
 
 

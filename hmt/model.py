@@ -47,7 +47,7 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
     config_class = HMTConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
-    _keep_in_fp32_modules = ("recall",)  # nor quantised by from_pretrained: it can be trained
+    _keep_in_fp32_modules = ("recall",)  # by a float16 load; and no load quantises it, so that it can be trained
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -277,7 +277,7 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
         if isinstance(state, (list, tuple)):
             raise TypeError(
                 f"state must be an HMTState, got a {type(state).__name__}: HMTState.stack joins states of the same "
-                "position, hmt.serving.step reads after others"
+                "position, hmt.serving.step continues states at different ones"
             )
         check_inputs(input_ids, attention_mask, state=state)
         state = self._state(state, input_ids)

@@ -85,7 +85,9 @@ class HMTState:
 
     def to(self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None) -> HMTState:
         """The same state on another device, or with memories of another dtype; its cache is rebuilt on use."""
-        if isinstance(device, torch.dtype):  # alone, as a tensor's
+        if isinstance(device, torch.dtype):  # a dtype alone, as Tensor.to takes it
+            if dtype is not None:
+                raise TypeError(f"device must come before dtype, got {device} and {dtype}")
             device, dtype = None, device
         queue = None if self.queue is None else self.queue.to(device=device, dtype=dtype)
         return HMTState(queue, self.num_closed, self.recent.to(device), self.open.to(device))

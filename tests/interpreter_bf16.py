@@ -4,9 +4,9 @@ The interpreter (triton 3.6 to 3.9) keeps bfloat16 as its bits in a uint16, but 
 and tl.dot are silently wrong, and float32 is cut off rather than rounded. Here every operation on bfloat16 is done
 in float32 and rounded to nearest even, as on a GPU.
 
-It also takes most of its time for what no result depends on: it patches triton.language again at every call of a device
+It also spends most of its time on what no result depends on: it patches triton.language again at every call of a device
 function (here for every launch only), makes its table of dtypes at every look into it, and repeats sums and products of
-integers in 64 bits to notice an overflow, which tests/kernels/test_large_offsets.py provokes.
+integers in 64 bits to notice an overflow.
 """
 
 from __future__ import annotations

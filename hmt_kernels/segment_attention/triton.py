@@ -113,8 +113,9 @@ def _problem(
     window_size: int | None,
     softmax_scale: float,
 ) -> Problem:
-    if cos is not None and sin is not None and (cos.stride() != sin.stride() or cos.stride(-1) != 1):
-        cos, sin = cos.contiguous(), sin.contiguous()
+    if cos is not None and sin is not None:
+        usable = cos.stride() == sin.stride() and cos.stride(2) == 1 and cos.stride(1) < MAX_TOKEN_STRIDE
+        cos, sin = (cos, sin) if usable else (cos.contiguous(), sin.contiguous())
     pad_span = None if pad_span is None else pad_span.contiguous()
     q, k, v = (_with_usable_rows(tensor) for tensor in (q, k, v))
     return Problem(q, k, v, cos, sin, pad_span, window_size, softmax_scale, target_of(q.device))

@@ -127,6 +127,15 @@ def test_lora_factors_are_merged() -> None:
             load_hmt_pytorch(kept, golden.build_backbone(case), lora_alpha=alpha, **settings)
 
 
+@pytest.mark.parametrize("extra", ["lora_A.other.weight", "lora_B.default.bias"])
+def test_factors_that_cannot_be_merged_are_refused(extra: str) -> None:
+    layer = "memory_cell.model.base_model.model.model.layers.0.self_attn.q_proj"
+    names = ("lora_A.default.weight", "lora_B.default.weight", extra)
+    weights = {f"{layer}.{name}": torch.zeros(2, 2) for name in names}
+    with pytest.raises(ValueError, match=f"one pair of LoRA factors of a layer and no biases, got .*{extra}"):
+        load_hmt_pytorch(weights, backbone(), lora_alpha=8, segment_length=32, num_sensory=4)
+
+
 def test_recall_keeps_its_precision_beside_layers_of_less(tmp_path: Path) -> None:
     """Loaded in float16, or by a quantizer of transformers, for which the same list counts."""
     model = hmt_model().eval()
@@ -150,8 +159,9 @@ TARGETS = ["embed_tokens", "gate_proj", "up_proj", "down_proj", "q_proj", "k_pro
     [
         ("llama", TARGETS), ("llama-tied", TARGETS), ("qwen2", TARGETS), ("opt-projected", TARGETS),
         ("llama-tied", ["q_proj", "lm_head"]), ("llama-tied", ["embed_tokens", "lm_head"]),
+        ("gpt2", ["c_proj", "c_attn"]),
     ],
-    ids=["llama", "llama-tied", "qwen2", "opt-projected", "tied-head", "tied-head-and-embedding"],
+    ids=["llama", "llama-tied", "qwen2", "opt-projected", "tied-head", "tied-head-and-embedding", "gpt2"],
 )  # fmt: skip
 @torch.no_grad()
 def test_lora_as_hmt_pytorch_trains_it(name: str, targets: list[str], tmp_path: Path) -> None:

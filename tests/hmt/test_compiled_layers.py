@@ -54,7 +54,7 @@ def pair(name: str = "llama", **settings: object) -> tuple[HMTForCausalLM, HMTFo
 def test_training(name: str, graphs: list) -> None:
     """Loss, logits, memories and every gradient."""
     ours, theirs = pair(name)
-    padded = name == "llama"
+    padded = name in ("llama", "gemma2")
     ids = token_ids(2, 16 * 3 + 5)
     mask = torch.ones_like(ids)
     mask[1, 20:24] = 1 - padded
@@ -147,7 +147,7 @@ def test_settings_that_do_not_go_together() -> None:
 
 
 def test_with_the_code_generator(fresh_compiler: None) -> None:
-    """As users have it, in training with recomputed segments."""
+    """In training with recomputed segments, by inductor."""
     ours, theirs = pair(mode="rmt", num_sensory=0)  # one shape: inductor is slow
     ids = token_ids(1, 16 * 3)
     losses = [model.train()(ids, labels=ids).loss for model in (ours, theirs)]

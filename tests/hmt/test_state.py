@@ -201,6 +201,8 @@ def test_another_dtype() -> None:
     model = hmt_model(summary_source="previous")
     state = model(token_ids(2, 40), use_cache=True).state
     half = state.to(torch.bfloat16)
+    with pytest.raises(TypeError, match="device must come before dtype"):
+        state.to(torch.bfloat16, torch.float32)
     assert half.queue.dtype == torch.bfloat16 and half.open.ids.dtype == torch.int64 and half.cache is None
     ids = token_ids(2, 20, seed=1)
     low = HMTForCausalLM.from_backbone(model.backbone, segment_length=16, num_sensory=3, queue_size=3)
