@@ -6,6 +6,7 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,34 +124,45 @@ def _trained(model: HMTForCausalLM) -> dict[str, nn.Parameter]:
     Raises:
         ValueError: what `load_adapter` could not put back.
     """
-    refused = []
+    if (found := next(_unfit(model), None)) is not None:
+        raise ValueError(
+            f"an adapter must be whole weights or plain LoRA factors of the backbone, got {found}: PEFT's "
+            "save_pretrained keeps that, or merge_and_unload() makes it a model to save"
+        )
+    parameters = model.named_parameters()
+    return {n: p for n, p in parameters if p.requires_grad or FACTOR.search(n) or not n.startswith("backbone.")}
+
+
+def _unfit(model: HMTForCausalLM) -> Iterator[str]:
+    """What PEFT has put into a model that an adapter does not hold."""
     for config in [c for module in model.modules() for c in vars(module).get("peft_config", {}).values()]:
         start, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
-        refused += [f"init_lora_weights={start!r}, which changes weights"] * (str(start).lower() not in KEEP_WEIGHTS)
-        refused += [f"bias={bias!r}"] * (bias != "none")
+        if str(start).lower() not in KEEP_WEIGHTS:
+            yield f"init_lora_weights={start!r}, which changes weights"
+        if bias != "none":
+            yield f"bias={bias!r}"
     layers = dict(model.named_modules())
     tuned = tuple(f"{name}." for name, layer in layers.items() if hasattr(layer, "adapter_layer_names"))
-    trained = {}
     for name, parameter in model.named_parameters():
-        beside, inside, factor = name.startswith("backbone."), name.startswith(tuned), FACTOR.search(name)
-        if beside and not factor and not parameter.requires_grad and (not inside or WRAPPED.search(name)):
-            continue
-        if inside and not (beside and factor):
-            refused.append(name)
-        trained[name] = parameter
+        if name.startswith(tuned):
+            beside = name.startswith("backbone.")
+            as_before = beside and not parameter.requires_grad and WRAPPED.search(name)
+            if not as_before and not (beside and FACTOR.search(name)):
+                yield name
     for name, layer in layers.items():
         if hasattr(layer, "lora_A"):
             plain = isinstance(layer.get_base_layer(), (nn.Linear, Conv1D, nn.Embedding))
-            refused += [name] * (not plain or bool(getattr(layer, "lora_variant", None)))
+            if not plain or getattr(layer, "lora_variant", None):
+                yield name
+    head = model.get_output_embeddings()
+    if hasattr(head, "lora_A") and _shares_weights(model) and head.weight.requires_grad:
+        yield "factors of a head whose weights are trained as the embedding's"
+
+
+def _shares_weights(model: PreTrainedModel) -> bool:
+    """Whether the LM head has the weights of the embedding."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if hasattr(head, "lora_A") and getattr(embedding, "weight", None) is head.weight and head.weight.requires_grad:
-        refused.append("factors of a head whose weights are trained as the embedding's")
-    if refused:
-        raise ValueError(
-            f"an adapter must be whole weights or plain LoRA factors of the backbone, got {refused[0]}: PEFT's "
-            "save_pretrained keeps that, or merge_and_unload() makes it a model to save"
-        )
-    return trained
+    return head is not None and head.weight is embedding.weight
 
 
 def load_adapter(
@@ -297,8 +309,8 @@ def _merge(backbone: PreTrainedModel, tensors: dict[str, torch.Tensor], scales: 
         if not isinstance(layer, kinds) or layer.weight.shape != update.shape:
             kind = "embedding" if embeds else "linear layer"
             raise ValueError(f"{str(path)!r} does not fit the backbone {type(backbone).__name__}: no {kind} {name}")
-        head, embedding = backbone.get_output_embeddings(), backbone.get_input_embeddings()
-        if layer in (head, embedding) and head is not None and head.weight is embedding.weight:
+        ends = (backbone.get_output_embeddings(), backbone.get_input_embeddings())
+        if layer in ends and _shares_weights(backbone):
             untie_head(backbone)  # the factors were those of one of them alone
         with torch.no_grad():
             layer.weight += update.to(layer.weight)
