@@ -93,7 +93,7 @@ inline void exp_rows(float (&x)[kRows], float base, int count) {
   float rows[kSize];
   for (int r = 0; r < kSize; ++r) rows[r] = r < kRows && r < count ? x[r] - base : -INFINITY;
   for (int r = 0; r < kSize; r += kLanes) store_vector(rows + r, exp_of_negative(load_vector<f32>(rows + r)));
-  std::copy_n(rows, kRows, x);
+  std::memcpy(x, rows, sizeof x);
 }
 
 // The weights exp(score - max) of rows with these products, under the running maximum.
@@ -179,7 +179,7 @@ template <class E>
 void forward(const Recall& p, int64_t b, int64_t begin, int64_t end, float* partial, Softmax* result) {
   std::memset(partial, 0, p.queries * scratch_stride(p.dim) * sizeof *partial);
   Softmax softmax[kMaxQueries];  // the results of other chunks stand in the same cache line as these
-  std::fill_n(softmax, p.queries, Softmax{-INFINITY, 0.0f, begin});
+  for (int64_t q = 0; q < p.queries; ++q) softmax[q] = {-INFINITY, 0.0f, begin};
   if (kLanes == 16 && p.queries == 1) {  // with fewer registers the fused loop spills
     forward_one<E>(p, b, begin, end, partial, softmax[0]);
   } else {
@@ -190,7 +190,7 @@ void forward(const Recall& p, int64_t b, int64_t begin, int64_t end, float* part
       for (; q < p.queries; ++q) forward_rows<E, 1>(p, rows, b, n, q, partial, softmax);
     }
   }
-  std::copy_n(softmax, p.queries, result);
+  std::memcpy(result, softmax, p.queries * sizeof *softmax);
 }
 
 template <class E>

@@ -93,10 +93,12 @@ def memory_recall_vector_fwd_kernel(
             inside = (new_row >= 0) & (new_row < num_slots)
             offset = tl.multiple_of(skipped.to(tl.int64) * stride_mn, ALIGN)
             store_row(memory_ptr + offset, inside, new0, new1, D0, D1, D)
-            taken = (rows == 0) & (skipped >= 0) & (skipped < num_live)
+            recalls = (skipped >= 0) & (skipped < num_live)
+            taken = (rows == 0) & recalls
             m_i = tl.where(taken, dot_rows(new0, new1, u0, u1) * softmax_scale, m_i)
             l_i = tl.where(taken, 1.0, l_i)
             slot = tl.where(taken, skipped, slot)
+            new0, new1 = tl.where(recalls, new0, 0.0), tl.where(recalls, new1, 0.0)  # a weight of 0 would leave NaN
             acc0, acc1 = add_weighted(acc0, l_i, new0, l_i), add_weighted(acc1, l_i, new1, l_i)
 
     for n in tl.range(start, end, BLOCK_N, num_stages=STAGES):
@@ -163,7 +165,7 @@ def memory_recall_vector_bwd_kernel(
         tile1 = load_tile(memory_ptr, offsets, live, D0, D1, D)
         p = tl.where(live, exp(dot_rows(tile0, tile1, u0, u1) * softmax_scale - lse), 0.0)
         difference = tl.where(live, dot_rows(tile0, tile1, do0, do1) - delta, 0.0)
-        ds = p * (difference + d_lse) * softmax_scale
+        ds = tl.where(live, p * (difference + d_lse) * softmax_scale, 0.0)  # d_lse may not be finite
         excess += p * difference
         offsets = (n + rows).to(tl.int64) * D
         store_tile(d_memory_ptr, offsets, n + rows < end, outer_sum(p, do0, ds, u0), 0, D0, D)

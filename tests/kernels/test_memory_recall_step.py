@@ -61,6 +61,22 @@ def test_step_writes_the_memory_and_both_prompt_slots(name, impl, dtype):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("slots", [9, 1100])
+def test_a_new_memory_that_is_not_recalled_is_not_read(slots, impl):
+    """Its slot lies outside the queue, or beyond num_valid."""
+    query, memory, new_memory, out = make_step(3, slots)
+    new_memory[:2] = torch.tensor([float("nan"), float("inf")], device=DEVICE)[:, None]
+    counts = int32([5, slots, slots])
+    expected = memory_recall(query, memory, counts, softmax_scale=0.1, impl=impl)
+    step = memory_recall_step(
+        query, memory, new_memory, int32([7, -1, slots]), counts, softmax_scale=0.1, out=out, impl=impl
+    )
+    torch.testing.assert_close(out[:, :1], expected.recalled)
+    torch.testing.assert_close(step.lse, expected.lse)
+    assert torch.equal(out[:, 0], out[:, -1])
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_step_works_on_slices(impl):
     query, memory, new_memory, out = make_step(2, 16, 64, 8)
     expected = memory.clone()
