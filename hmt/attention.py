@@ -98,12 +98,11 @@ def hmt_attention(
     transformers' SDPA function instead.
 
     Raises:
-        ValueError: for a soft cap on the scores, which neither can compute.
+        ValueError: for a soft cap on the scores or attention sinks, which neither can compute.
     """
-    if kwargs.get("softcap") is not None:
-        raise ValueError(
-            'attn_implementation="hmt" does not support a soft cap on attention scores: use attn_implementation="eager"'
-        )
+    for name, what in (("softcap", "a soft cap on attention scores"), ("s_aux", "attention sinks")):
+        if kwargs.get(name) is not None:
+            raise ValueError(f'attn_implementation="hmt" does not support {what}: use attn_implementation="eager"')
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     pad_span = None
     if attention_mask is not None and attention_mask.dtype == torch.int32:

@@ -122,12 +122,15 @@ def run_layers(
             kwargs["position_ids"] = torch.arange(start, start + embeds.shape[1], device=embeds.device)[None]
     if last_rows is not None and last_layer.takes_last_rows(decoder):
         kwargs.update(last_rows=last_rows)
+    if cache is not None and is_recurrent(model):
+        cast(Any, cache).whole = False  # until the last layer has gone on
     out = decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=cache is not None, **kwargs)
     if last_rows is not None:
         out.last_hidden_state = out.last_hidden_state[:, -last_rows:]
     out.last_hidden_state = out.last_hidden_state.to(embeds.device)  # the layers may be spread over several
     if cache is not None and is_recurrent(model):
-        cast(Any, cache).length += embeds.shape[1]
+        recurrent: Any = cache
+        recurrent.length, recurrent.whole = recurrent.length + embeds.shape[1], True
     return out
 
 
@@ -196,14 +199,15 @@ def takes_cache(model: PreTrainedModel) -> bool:
 def takes_spans(model: PreTrainedModel) -> bool:
     """Whether the layers accept a hidden range of keys in place of a mask, which saves a look at the mask's values.
 
-    Only attention "hmt" understands it, where no positions are counted from the mask and no layer has a window or a
-    state.
+    Only attention "hmt" understands it, where no positions are counted from the mask and no layer has a window, chunks
+    or a state.
     """
     model = unwrap(model)
-    if is_recurrent(model):
+    config = model.config
+    if is_recurrent(model) or not {"full_attention"}.issuperset(getattr(config, "layer_types", None) or ()):
         return False
-    windowed = getattr(model.config, "sliding_window", None) is not None
-    return model.config._attn_implementation == "hmt" and hasattr(decoder_of(model), "rotary_emb") and not windowed
+    limited = any(getattr(config, name, None) is not None for name in ("sliding_window", "attention_chunk_size"))
+    return config._attn_implementation == "hmt" and hasattr(decoder_of(model), "rotary_emb") and not limited
 
 
 def apply_head(model: PreTrainedModel, hidden: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:

@@ -25,6 +25,11 @@ def check_backbone(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(f"backbone must be decoder-only, got the encoder-decoder {name}")
+    if not hasattr(model.config, "hidden_size"):
+        raise ValueError(
+            f"backbone must be a text model, got {name}, whose config has no hidden_size of its own: a model of images "
+            "or sounds too is loaded by the class of its language model alone, such as Gemma3ForCausalLM"
+        )
     if model.get_output_embeddings() is None:
         raise ValueError(f"backbone must have an LM head, got {name}: load it with AutoModelForCausalLM")
     if any(p.device.type == "meta" for p in model.parameters()):

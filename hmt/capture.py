@@ -26,17 +26,22 @@ USES_BEFORE = 4  # of a shape, before a model that decides by itself captures it
 
 
 _capturing = threading.Lock()  # one capture at a time in a process
-_streams: dict[torch.device, torch.cuda.Stream] = {}  # one for all captures: memory of a pool belongs to a stream
 
 
-def captured(step: Callable[[], object], device: torch.device, pool: Any = None) -> Callable[[], object]:
-    """The step as a replayed CUDA graph; what it reads and writes must lie where it lies now. On a CPU, the step."""
+def captured(
+    step: Callable[[], object], device: torch.device, pool: Any = None, side: torch.cuda.Stream | None = None
+) -> Callable[[], object]:
+    """The step as a replayed CUDA graph; what it reads and writes must lie where it lies now. On a CPU, the step.
+
+    It is captured on the stream `side`, one for all graphs of a pool: memory of a pool belongs to a stream, and so does
+    the workspace of cuBLAS, which graphs that may run at the same time must not share.
+    """
     if device.type != "cuda":
         return step
     current = torch.cuda.current_stream(device)
     # the outer stream comes back in any case: a capture that fails leaves its own behind
     with _capturing, torch.cuda.device(device), torch.cuda.stream(current):
-        side = _streams.setdefault(device, torch.cuda.Stream(device))
+        side = side or torch.cuda.Stream(device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
@@ -60,10 +65,14 @@ def _recording(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream
 
 
 class Turn(contextlib.AbstractContextManager[None]):
-    """Graphs that share buffers or memory run one after another, whatever threads and streams they are run from."""
+    """Graphs that share buffers or memory run one after another, whatever threads and streams they are run from.
+
+    They are captured on its stream `side`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" and torch.cuda.is_available() else None
         self._lock = threading.Lock()
         self._last: torch.cuda.Stream | None = None
 
@@ -178,6 +187,11 @@ def look(model: HMTForCausalLM) -> Look:
                 lie.append((w.data_ptr(), w.dtype, w.shape, w.stride()))
         waiting += [child for child in parts["_modules"].values() if child is not None]
     return Look(None, (tuple(found), tuple(lie)))
+
+
+def is_over(model: HMTForCausalLM) -> bool:
+    """Whether graphs that this model may have are of no use any more: their memory is given back."""
+    return model.config.cuda_graphs is False or model.device.type not in DEVICES
 
 
 def not_here(model: HMTForCausalLM) -> str | None:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hmt.state_file import digest_of_fields, write_whole
+from hmt_kernels.checks import MAX_RECALL_DIM, MAX_RECALL_SLOTS
 
 MODES = ("hmt", "rmt", "baseline")
 SUMMARY_SOURCES = ("current", "previous")
@@ -156,8 +157,21 @@ class HMTConfig(PreTrainedConfig):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
 
+        if self.mode == "hmt":
+            self._check_recall()
         if self.compile_layers and self.fused_rotary:
             raise ValueError("compile_layers must be false with fused_rotary=True, got true: compiled layers rotate")
+
+    def _check_recall(self) -> None:
+        """What memory_recall can take, said before a text is read."""
+        if self.queue_size > MAX_RECALL_SLOTS:
+            raise ValueError(f"queue_size must be at most {MAX_RECALL_SLOTS}, got {self.queue_size}")
+        width = self.hidden_size
+        if width % 8 or width > MAX_RECALL_DIM:
+            raise ValueError(
+                f"text_config must have embeddings of a width that is a multiple of 8, at most {MAX_RECALL_DIM}, for "
+                f"recall, got {width}: mode 'rmt' and 'baseline' take others"
+            )
 
     @property
     def summary_length(self) -> int:

@@ -40,7 +40,12 @@ class SegmentLayer(DynamicLayer):
         start, self.length = self.length, self.length + key_states.shape[2]
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        return self.filled(self.length, key_states, value_states)
+
+    def filled(self, length: int, *like: Tensor) -> tuple[Tensor, Tensor]:
+        """The first keys and values in the dtypes of new ones, which the buffers lack where autocast came or went."""
+        keys, values = (x[:, :, :length].to(y.dtype) for x, y in zip((self.keys, self.values), like, strict=True))
+        return keys, values
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         return self.length + int(query_length), 0
@@ -57,14 +62,13 @@ class RowsLayer(SegmentLayer):
 
     def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, width: int):
         super().__init__(keys.shape[2], keys, values, width - 1)
-        self.positions = positions
+        self.positions = positions.to(keys.device)  # layers may be spread over several devices
         self.rows = torch.arange(len(positions), device=positions.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        # in their dtype, which under autocast may be another
         self.keys[self.rows, :, self.positions] = key_states[:, :, 0].to(self.keys.dtype)
         self.values[self.rows, :, self.positions] = value_states[:, :, 0].to(self.values.dtype)
-        return self.keys[:, :, : self.length + 1], self.values[:, :, : self.length + 1]
+        return self.filled(self.length + 1, key_states, value_states)
 
 
 class SegmentCache(Cache):
@@ -79,6 +83,7 @@ class RecurrentCache(Cache):
     """States of a backbone with recurrent layers, which do not tell themselves how many positions they have seen."""
 
     length = 0
+    whole = True  # False while a pass is under way: one that breaks off leaves some layers ahead of others
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         return self.length
@@ -111,12 +116,24 @@ def batches(cache: Any) -> bool:
     return isinstance(cache, SegmentCache) and all(isinstance(layer, SegmentLayer) for layer in cache.layers)
 
 
-def can_be_written(cache: SegmentCache) -> bool:
-    """Whether buffers may change in place: nothing that a backward pass needs, nor tensors of inference mode."""
-    if torch.is_grad_enabled():
+def can_go_on(cache: Cache) -> bool:
+    """Whether another token can be written: there is room, no pass has broken off, and buffers may change in place.
+
+    They may not where a backward pass needs them, nor outside of inference mode where they were made in it.
+    """
+    layer: Any = cache.layers[0]
+    if isinstance(cache, SegmentCache):
+        if torch.is_grad_enabled() or (isinstance(layer, SegmentLayer) and layer.length >= layer.capacity):
+            return False
+    elif isinstance(cache, RecurrentCache) and not cache.whole:
         return False
-    keys = getattr(cache.layers[0], "keys", None)
-    return torch.is_inference_mode_enabled() or not (isinstance(keys, Tensor) and keys.is_inference())
+    return torch.is_inference_mode_enabled() or not any(_is_inference(x) for x in vars(layer).values())
+
+
+def _is_inference(value: Any) -> bool:
+    if isinstance(value, dict):  # of the states of a layer
+        return any(map(_is_inference, value.values()))
+    return isinstance(value, Tensor) and value.is_inference()
 
 
 def copy_of(cache: Any) -> Any:

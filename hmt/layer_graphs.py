@@ -127,7 +127,7 @@ class LayerGraphs:
             self.pool = torch.cuda.graph_pool_handle()
 
         def ready(step: Callable[[], object]) -> Callable[[], object]:
-            return capture.captured(step, model.device, self.pool)
+            return capture.captured(step, model.device, self.pool, self.turn.side)
 
         with capture.to_be_captured():
             if model.config.cuda_graphs:
@@ -249,6 +249,8 @@ _graphs: WeakKeyDictionary[HMTForCausalLM, dict[tuple[Any, ...], LayerGraphs]] =
 
 def graphed_call(model: HMTForCausalLM, look: capture.Look) -> GraphedCall | None:
     """The graphs of this model, with its weights where they lie now; None where no pass can be captured."""
+    if capture.is_over(model):
+        _graphs.pop(model, None)
     if model.config.cuda_graphs is False or look.reason is not None:
         return None
     kept = _graphs.setdefault(model, {})

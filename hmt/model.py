@@ -120,16 +120,14 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
             module.to(embeddings)
         for parameter in model.parameters(recurse=False):
             parameter.data = parameter.data.to(embeddings)
-        _set_attention(backbone, attn_implementation, loaded_with=attention)
-        if (now := backbone.config._attn_implementation) != before:
-            try:
-                check_backbone(backbone)
-            except ValueError as error:
-                raise ValueError(
-                    f"backbone {type(backbone).__name__} does not run with attention {now!r}: pass "
-                    f"attn_implementation={before!r} ({error})"
-                ) from error
-        patch_layers(backbone, model.config.fused_rotary, model.config.compile_layers)
+        try:
+            _set_attention(backbone, attn_implementation, loaded_with=attention)
+            if backbone.config._attn_implementation != before:
+                _check_attention(backbone, before)
+            patch_layers(backbone, model.config.fused_rotary, model.config.compile_layers)
+        except (ValueError, ImportError):
+            backbone.set_attn_implementation(before)  # who is refused has the model that was given
+            raise
         if (given := getattr(backbone, "generation_config", None)) is not None:
             model.generation_config = copy.deepcopy(given)  # what ends a chat's answer, for one
         return model.train(backbone.training)
@@ -290,6 +288,16 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
                     check_result(result)
                 state = result.state
         return open_segment(state, join(state.open, text.slice(full, text.length)))
+
+
+def _check_attention(backbone: PreTrainedModel, before: str) -> None:
+    try:
+        check_backbone(backbone)
+    except ValueError as error:
+        raise ValueError(
+            f"backbone {type(backbone).__name__} does not run with attention {backbone.config._attn_implementation!r}: "
+            f"pass attn_implementation={before!r} ({error})"
+        ) from error
 
 
 def _set_attention(backbone: PreTrainedModel, requested: str | None, loaded_with: str | None = None) -> None:

@@ -14,7 +14,7 @@ from torch.profiler import record_function
 from hmt import capture
 from hmt.backbone import embed, has_replaced_weights, hidden_states
 from hmt.decode_graph import decode_graph
-from hmt.kv_cache import SegmentCache, can_be_written, new_cache
+from hmt.kv_cache import can_go_on, new_cache
 from hmt.layer_graphs import GraphedCall, graphed_call
 from hmt.outputs import SegmentResult
 from hmt.recurrence import Layers, augment, decode_token, read_segment, summarize
@@ -35,7 +35,7 @@ def read_segments(
 
     Nothing is synchronised with a GPU from one segment to the next.
     """
-    config = model.config
+    config, state = model.config, state.out_of_inference()
     length, opened = config.segment_length, state.num_open
     text = join(state.open, new)
     if can_decode(model, state, new, use_cache):
@@ -107,7 +107,7 @@ def can_decode(model: HMTForCausalLM, state: HMTState, new: Tokens, use_cache: b
         return False
     if state.num_open == 0 or state.num_open + 1 >= config.segment_length:
         return False
-    if isinstance(state.cache, SegmentCache) and not can_be_written(state.cache):
+    if not can_go_on(state.cache):
         return False
     # a cache that another continuation of the same state has already extended no longer fits
     num_sensory = min(config.num_sensory, state.recent.length)
@@ -191,6 +191,8 @@ def _graphed_layers(call: GraphedCall | None, state: HMTState, segment: Tokens, 
     if call is None or segment.mask is not None or cache is not None:
         return None
     config = call.model.config
+    if 2 * segment.length < config.segment_length:
+        return None  # the graph computes a whole segment, whose launches alone it saves
     num_sensory = state.recent.last(config.num_sensory).length
     length = config.num_memory + num_sensory + config.segment_length + config.num_memory
     return call.layers((state.batch_size, length), last_rows=config.segment_length + config.num_memory)

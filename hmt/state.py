@@ -79,6 +79,13 @@ class HMTState:
         """The same state without its history of gradients, and with no cached keys and values."""
         return replace(self, queue=None if self.queue is None else self.queue.detach(), cache=None)
 
+    def out_of_inference(self) -> HMTState:
+        """The same state; outside of inference mode without tensors made in it, which no backward pass could keep."""
+        if torch.is_inference_mode_enabled() or not self.open.ids.is_inference():
+            return self
+        queue = None if self.queue is None else self.queue.clone()
+        return replace(self, queue=queue, recent=self.recent.clone(), open=self.open.clone())
+
     def without_cache(self) -> HMTState:
         """The same state with no cached keys and values."""
         return replace(self, cache=None)

@@ -128,7 +128,7 @@ def _prepare(model: HMTForCausalLM, queue: Tensor, dependencies: tuple[Any, ...]
             if drawing.undone():
                 return StaticStep(buffers, None, dependencies, turn)
         if queue.is_cuda:
-            replay = capture.captured(lambda: segment_step(model, buffers), queue.device)
+            replay = capture.captured(lambda: segment_step(model, buffers), queue.device, side=turn.side)
             return StaticStep(buffers, lambda model: replay(), dependencies, turn)
     return StaticStep(buffers, lambda model: segment_step(model, buffers), dependencies, turn)
 
@@ -142,6 +142,8 @@ def static_step(
     Nobody else gets the same step until the call ends. It is made anew when a weight lies elsewhere than before.
     """
     usable = [fits(model, segment) for segment in segments[state.num_closed == 0 :]]
+    if capture.is_over(model):
+        _steps.pop(model, None)
     if not any(usable) or why_not(model, state, look) is not None:
         yield None
         return

@@ -38,6 +38,10 @@ class Tokens(NamedTuple):
         """The same tokens on another device."""
         return Tokens(*(None if x is None else x.to(device) for x in self))  # type: ignore[arg-type]
 
+    def clone(self) -> Tokens:
+        """The same tokens in memory of their own."""
+        return Tokens(*(None if x is None else x.clone() for x in self))  # type: ignore[arg-type]
+
     def last(self, count: int) -> Tokens:
         """The last `count` tokens, or all when there are fewer."""
         return self.slice(max(0, self.length - count), self.length)

@@ -36,7 +36,9 @@ class Tape(TorchDispatchMode):
                         old.copy_(new)
 
 
-def captured(step: Callable[[], object], device: torch.device, pool: Any = None) -> Callable[[], object]:
+def captured(
+    step: Callable[[], object], device: torch.device, pool: Any = None, side: Any = None
+) -> Callable[[], object]:
     """`capture.captured` with a tape in place of a graph."""
     for _ in range(capture.WARM_UPS):
         step()

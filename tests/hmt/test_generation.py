@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hmt import HMTForCausalLM
+from hmt.serving import step
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -306,14 +307,62 @@ def test_gradients_after_a_prefix_that_was_read_without() -> None:
     assert model.get_input_embeddings().weight.grad.isfinite().all()
 
 
-def test_a_cache_of_inference_mode_outside_of_it() -> None:
-    model, ids = hmt_model().eval(), token_ids(2, 23)
+@pytest.mark.parametrize("name", ["llama", "mamba", "mamba2"])
+def test_a_cache_of_inference_mode_outside_of_it(name: str) -> None:
+    model, ids = hmt_model(name).eval(), token_ids(2, 23)
     with torch.inference_mode():
         state = model(ids[:, :22], use_cache=True).state
     with torch.no_grad():
         expected = model(ids[:, 22:], state=model(ids[:, :22], use_cache=True).state, use_cache=True).logits
         actual = model(ids[:, 22:], state=state, use_cache=True).logits
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["current", "previous"])
+def test_training_after_a_state_of_inference_mode(source: str) -> None:
+    model, ids = hmt_model(summary_source=source), token_ids(2, 45)
+    with torch.inference_mode():
+        state = model.read(ids[:, :36])
+    model(ids[:, 36:], labels=ids[:, 36:], state=state).loss.backward()
+    found = model.recall.wq.weight.grad.clone()
+    model.zero_grad()
+    model(ids[:, 36:], labels=ids[:, 36:], state=model.read(ids[:, :36])).loss.backward()
+    torch.testing.assert_close(found, model.recall.wq.weight.grad)
+    assert found.any()
+
+
+@torch.no_grad()
+def test_a_cache_that_is_full_before_its_segment() -> None:
+    """It was made for shorter segments."""
+    model, ids = hmt_model(summary_source="previous"), token_ids(1, 40)
+    state = model(ids[:, :14], use_cache=True).state
+    model.config.segment_length = 64
+    plain = state.without_cache()
+    for i in range(14, 30):
+        found, expected = (model(ids[:, i : i + 1], state=s, use_cache=True) for s in (state, plain))
+        torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
+        state, plain = found.state, expected.state.without_cache()
+
+
+@pytest.mark.parametrize("first", [False, True])
+@torch.no_grad()
+def test_autocast_that_ends_or_begins_within_a_segment(first: bool) -> None:
+    """There rotated keys are float32, values are not."""
+    model, ids = hmt_model(), token_ids(2, 25)
+    with torch.autocast("cpu", torch.bfloat16, enabled=first):
+        state = model(ids[:, :22], use_cache=True).state
+    expected = model(ids[:, :25], logits_to_keep=3).logits
+    states, found = state.split(), []
+    with torch.autocast("cpu", torch.bfloat16, enabled=not first):
+        for i in range(22, 25):
+            out = model(ids[:, i : i + 1], state=state, use_cache=True)
+            state = out.state
+            found.append(out.logits.float())
+        logits, states = step(model, states, [row[22:24] for row in ids])
+        alone, _ = step(model, states, [row[24:] for row in ids])
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=0.1, rtol=0.1)
+    torch.testing.assert_close(torch.stack(logits)[:, 0].float(), expected[:, 1], atol=0.1, rtol=0.1)
+    torch.testing.assert_close(torch.stack(alone)[:, 0].float(), expected[:, 2], atol=0.1, rtol=0.1)
 
 
 def test_continuous_batching_says_what_to_use_instead() -> None:

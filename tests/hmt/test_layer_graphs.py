@@ -14,7 +14,7 @@ from live_memory import peak_bytes
 from test_training import LENGTH, assert_same, dropout_model, gradients, with_padding
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hmt import HMTForCausalLM, capture, layer_graphs
+from hmt import HMTForCausalLM, capture, layer_graphs, static_step
 
 pytestmark = pytest.mark.usefixtures("as_captured")
 
@@ -42,12 +42,12 @@ def pair(name: str = "llama", **settings: object) -> tuple[HMTForCausalLM, HMTFo
     return ours, theirs
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("hmt", [1, 1, 3, 4]), ("rmt", [1] * 9), ("baseline", [1] * 9)])
+@pytest.mark.parametrize(("mode", "expected"), [("hmt", [1, 1, 4, 4]), ("rmt", [1] * 9), ("baseline", [1] * 9)])
 @torch.no_grad()
 def test_reading(mode: str, expected: list[int], passes: list) -> None:
-    """The first segment, the ragged one, and the summaries of the full ones in batches; in other modes all segments."""
+    """The first segment, the ragged one, and the summaries in batches; in other modes all segments."""
     ours, theirs = pair(mode=mode, summary_batch_size=4)
-    ids = token_ids(1, 16 * 8 + 3)
+    ids = token_ids(1, 16 * 8 + 9)
     found, same = ours(ids, labels=ids), theirs(ids, labels=ids)
     torch.testing.assert_close(found.loss, same.loss)
     if mode != "baseline":
@@ -57,6 +57,15 @@ def test_reading(mode: str, expected: list[int], passes: list) -> None:
     torch.testing.assert_close(
         ours(ids[:, :40], state=found.state).logits, theirs(ids[:, :40], state=same.state).logits
     )
+
+
+@torch.no_grad()
+def test_a_short_rest_is_not_read_as_a_whole_segment(passes: list) -> None:
+    ours, theirs = pair(mode="rmt")
+    for length, expected in ((7, []), (8, [("run", 1)])):
+        ids = token_ids(1, length)
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+        assert passes == expected
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -298,6 +307,16 @@ def test_shapes_that_push_each_other_out_are_captured_ever_more_rarely(monkeypat
             counts.append(len(made))
     # both after four uses; then each other's graph is dropped, and sixteen more uses are not enough until they are
     assert counts == [0, 2, 2, 4]
+
+
+@torch.no_grad()
+def test_graphs_that_nothing_will_use_give_their_memory_back() -> None:
+    model, ids = hmt_model(cuda_graphs=True), token_ids(1, 16 * 4)
+    model.read(ids)
+    assert layer_graphs._graphs[model] and static_step._steps[model]
+    model.config.cuda_graphs = False
+    model.read(ids)
+    assert model not in layer_graphs._graphs and model not in static_step._steps
 
 
 @torch.no_grad()

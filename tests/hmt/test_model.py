@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from backbones import CONFIGS, VOCAB, WITHOUT_ATTENTION, backbone, hmt_model, token_ids
-from transformers import AutoModelForCausalLM, BartConfig, BertConfig, LlamaConfig, LlamaModel
+from transformers import AutoModelForCausalLM, BartConfig, BertConfig, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.bart import BartForConditionalGeneration
 
 from hmt import HMTForCausalLM
@@ -332,6 +332,7 @@ def test_bad_arguments(arguments: dict, error: type[Exception], message: str) ->
         ({"num_sensory": -1}, "num_sensory"),
         ({"queue_size": 0}, "queue_size"),
         ({"queue_size": True}, "queue_size"),
+        ({"queue_size": 65_537}, "queue_size must be at most 65536"),
         ({"summary_fraction": 0.0}, "summary_fraction"),
         ({"summary_fraction": 1.5}, "summary_fraction"),
         ({"recall_dim": 0}, "recall_dim"),
@@ -348,3 +349,19 @@ def test_bad_arguments(arguments: dict, error: type[Exception], message: str) ->
 def test_bad_settings(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hmt_model(**settings)
+
+
+@torch.no_grad()
+def test_a_width_that_recall_does_not_take_is_said_at_once() -> None:
+    lm = LlamaForCausalLM(LlamaConfig(**_SMALL | {"hidden_size": 36, "num_attention_heads": 3}))
+    with pytest.raises(ValueError, match="width that is a multiple of 8, at most 8192, for recall, got 36"):
+        HMTForCausalLM.from_backbone(lm, segment_length=16, num_sensory=3)
+    rmt = HMTForCausalLM.from_backbone(lm, segment_length=16, num_sensory=3, mode="rmt")
+    assert rmt(torch.ones(1, 40, dtype=torch.long)).logits.isfinite().all()
+
+
+def test_a_backbone_that_is_refused_is_as_it_was() -> None:
+    lm = backbone("opt")
+    with pytest.raises(ValueError, match="rotary embedding cannot be fused"):
+        HMTForCausalLM.from_backbone(lm, segment_length=16, num_sensory=3, fused_rotary=True)
+    assert lm.config._attn_implementation == "sdpa"

@@ -101,3 +101,22 @@ def test_compat_classes_take_them() -> None:
     ids = token_ids(2, 60)
     out, _ = wrapper(ids, labels=ids, segment_size=16)
     torch.testing.assert_close(out.logits, wrapper.to_hmt(16)(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "llama"])
+@torch.no_grad()
+def test_a_pass_that_breaks_off_can_be_tried_again(name: str) -> None:
+    """By then the first layers have seen the token, and the last has not."""
+    model, ids = hmt_model(name, summary_source="previous"), token_ids(1, 21)
+    state = model(ids[:, :20], use_cache=True).state
+    expected = model(ids[:, 20:], state=state.without_cache(), use_cache=True).logits
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    *_, last = (module for module in model.backbone.modules() if "Norm" in type(module).__name__)
+    handle = last.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(ids[:, 20:], state=state, use_cache=True)
+    handle.remove()
+    torch.testing.assert_close(model(ids[:, 20:], state=state, use_cache=True).logits, expected, atol=1e-5, rtol=1e-5)
