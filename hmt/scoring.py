@@ -59,15 +59,16 @@ def score(
     """
     step = segments_per_step * model.config.segment_length
     total = input_ids.shape[1]
-    for start in range(0, total, step):
-        stop = min(start + step, total)
+    opened = 0 if state is None else state.num_open  # a step ends with a segment, which then is read once
+    for begin in range(-opened, total, step):
+        start, stop = max(0, begin), min(begin + step, total)
         following = input_ids[:, start + 1 : stop + 1].to(model.device)
         labels = torch.nn.functional.pad(following, (0, stop - start - following.shape[1]), value=-100)
-        begin = time.perf_counter()
+        then = time.perf_counter()
         out = model(input_ids[:, start:stop].to(model.device), shift_labels=labels, state=state, num_items_in_batch=1)
         nll = float(out.loss)
         state = out.state
-        yield Score(stop - start, following.shape[1], nll, time.perf_counter() - begin, state)
+        yield Score(stop - start, following.shape[1], nll, time.perf_counter() - then, state)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

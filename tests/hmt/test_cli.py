@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from backbones import hmt_model, token_ids
 from safetensors.torch import load_file, save_file
 
 from hmt import HMTForCausalLM
@@ -65,6 +66,17 @@ def test_score_in_steps_is_the_loss_of_the_whole(steps: int, model_dir: Path, te
     assert total.num_scored == ids.shape[1] - 1
     assert total.nll / total.num_scored == pytest.approx(float(out.loss), rel=1e-5)
     torch.testing.assert_close(total.state.queue, out.state.queue, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_score_after_a_state_is_that_of_one_pass(steps: int) -> None:
+    """A step ends where a segment does; otherwise the rest of one would be recalled for by less than its first half."""
+    model, ids = hmt_model().double(), token_ids(1, 100)
+    state = model.read(ids[:, :20])
+    parts = score(model, ids[:, 20:], state, segments_per_step=steps)
+    with torch.no_grad():
+        loss = model(ids[:, 20:], labels=ids[:, 20:], state=state, num_items_in_batch=1).loss
+    assert sum(part.nll for part in parts) == pytest.approx(float(loss), rel=1e-7)
 
 
 def test_limits_stop_reading(model_dir: Path, text_file: Path, capsys) -> None:
