@@ -39,6 +39,7 @@ class Reading(NamedTuple):
 
     label: str
     loaded: Loaded
+    documents: list[Document]  # of DATA, none where its questions are asked
     mode: str
     summary_source: str | None
 
@@ -109,10 +110,12 @@ def _readings(arguments: argparse.Namespace) -> Iterator[Reading]:
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     for name in arguments.model:
         loaded = load(name, dtype=dtype, device=arguments.device, **settings)
+        documents = [] if arguments.task == "qa" else _documents(arguments, loaded)
         for mode in arguments.mode or [loaded.model.config.mode]:
             kind, _, causal = mode.partition("-")
             label = mode if len(arguments.model) == 1 else f"{name} ({mode})"
-            yield Reading(label, loaded, kind, "previous" if causal else None)
+            yield Reading(label, loaded, documents, kind, "previous" if causal else None)
+        del loaded  # before the next one; who reads lets go of it as well
 
 
 def _documents(arguments: argparse.Namespace, loaded: Loaded) -> list[Document]:
@@ -134,8 +137,8 @@ def _shown(
 def _perplexity(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     curves: dict[str, evaluation.Curve] = {}
     length = 0
-    for label, loaded, mode, source in _readings(arguments):
-        length, documents = loaded.model.config.segment_length, _documents(arguments, loaded)
+    for label, loaded, documents, mode, source in _readings(arguments):
+        length = loaded.model.config.segment_length
         curves_so_far = evaluation.read_curve(
             loaded.model,
             documents,
@@ -146,6 +149,7 @@ def _perplexity(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         )
         for curve in _shown(curves_so_far, label, "stretch", lambda c: {"perplexity": f"{c.perplexity:.2f}"}):
             curves[label] = curve
+        del loaded, curves_so_far
     found = evaluation.report(curves, length)
     print(f"{'reading':>24}  {'perplexity':>10}  by segment")
     for label, reading in found["readings"].items():
@@ -155,6 +159,8 @@ def _perplexity(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     for c in found["comparisons"]:
         low, high = c["interval"]
         print(f"{c['a']} - {c['b']}: {c['nats_per_token']:+.4f} nats per token, 95 % in [{low:+.4f}, {high:+.4f}]")
+    for c in found["not_compared"]:
+        print(f"{c['a']} (a) and {c['b']} (b) are not compared: {c['reason']}")
     return found, evaluation.draw
 
 
@@ -165,9 +171,8 @@ def _needle(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         raise ValueError(f"--distances must be numbers with commas between, got {arguments.distances!r}") from None
     results: dict[str, needle.Recalled] = {}
     length, choices = 0, 10
-    for label, loaded, mode, source in _readings(arguments):
+    for label, loaded, documents, mode, source in _readings(arguments):
         length = loaded.model.config.segment_length
-        documents = _documents(arguments, loaded)
         if any(document.answer_start is not None for document in documents):
             raise ValueError(f"DATA must be plain texts to hide needles in, but {arguments.data!r} holds questions")
         trials = needle.recall_needles(
@@ -186,6 +191,7 @@ def _needle(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
             trials, label, "trial", lambda r: {"right": f"{r.chosen.double().mean():.0%}"}, arguments.trials
         ):
             results[label] = result
+        del loaded, trials
     found = needle.report(results, distances, length, arguments.keys, choices)
     print(f"right choices among {found['choices']} by distance in segments")
     print(f"{'reading':>24}  {' '.join(f'{d:>5}' for d in distances)}")
@@ -200,8 +206,9 @@ def _qa(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     questions = list(islice(records, arguments.max_documents))
     if not questions:
         raise ValueError(f"{arguments.data!r} must hold at least one question, got none")
+    qa.rouge_l("", "")  # refuses here where its package is missing, not after the first answer
     answers: dict[str, list[qa.Answer]] = {}
-    for label, loaded, mode, source in _readings(arguments):
+    for label, loaded, _, mode, source in _readings(arguments):
         found_answers = qa.answer_questions(
             loaded.model,
             loaded.tokenizer,
@@ -211,6 +218,7 @@ def _qa(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
             max_new_tokens=arguments.max_new_tokens,
         )
         answers[label] = list(_shown(found_answers, label, "question", lambda a: {"f1": f"{a.f1:.2f}"}, len(questions)))
+        del loaded, found_answers
     found = qa.report(answers)
     print(f"{'reading':>24}  {'questions':>9}  {'F1':>6}  {'ROUGE-L':>7}")
     for label, reading in found["readings"].items():
@@ -222,14 +230,15 @@ def _qa(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 def _recall_map(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     ages: dict[str, list[torch.Tensor]] = {}
     length = 0
-    for label, loaded, _, source in _readings(arguments):
+    for label, loaded, documents, _, source in _readings(arguments):
         length = loaded.model.config.segment_length
         ages[label] = []
-        for document in _documents(arguments, loaded):
+        for document in documents:
             parts = recall_map.recall_ages(loaded.model, document.ids[None], summary_source=source)
             total = -(-len(document.ids) // (length * loaded.model.config.summary_batch_size))
             shown = _shown(parts, label, "batch", lambda a: {"age": f"{a.double().mean():.1f}"}, total)
             ages[label].append(torch.cat(list(shown)))
+        del loaded, parts, shown
     found = recall_map.report(ages, length)
     for label, reading in found["readings"].items():
         counts = {int(age): count for age, count in reading["histogram"].items()}

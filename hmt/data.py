@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hmt.encoding import encode_text
 from hmt.loss import IGNORE_INDEX
-from hmt.recipes import RECIPE, check_options, parse_recipe, whole_number
+from hmt.recipes import MIXED, RECIPE, check_options, parse_recipe, whole_number
 from hmt.records import read_records
 
 
@@ -63,7 +63,7 @@ def read_documents(
         ValueError, ImportError, OSError: as `read_records`; an option that there is not; questions to be mixed.
     """
     name, options, inner = parse_recipe(str(source)) if str(source).startswith(RECIPE) else ("", {}, "")
-    if name not in ("interleaved", "dilated"):
+    if name not in MIXED:
         for record in read_records(source, split=split, text_field=text_field):
             yield encode(record, tokenizer)
         return
@@ -169,11 +169,19 @@ def windows(documents: Sequence[Document], length: int) -> list[tuple[int, int, 
     """(document, start, stop) of examples of at most `length` tokens, none of which spans two documents.
 
     The end of a text may be short, but never a single token. A question is one window, however long.
+
+    Raises:
+        ValueError: an answer that does not fit into `length`.
     """
     found = []
     for number, document in enumerate(documents):
         total = len(document.ids)
         if document.answer_start is not None:
+            if (answer := total - document.answer_start) >= length:
+                raise ValueError(
+                    f"the answer of document {number} must be shorter than an example of {length} tokens, got {answer} "
+                    "tokens"
+                )
             found.append((number, 0, total))
         else:
             found += [(number, start, min(start + length, total)) for start in range(0, total - 1, length)]
@@ -181,20 +189,12 @@ def windows(documents: Sequence[Document], length: int) -> list[tuple[int, int, 
 
 
 def window_example(documents: Sequence[Document], window: tuple[int, int, int], length: int) -> dict[str, Tensor]:
-    """The example of a window; a question about too long a context loses the middle of that context.
-
-    Raises:
-        ValueError: an answer that does not fit into `length`.
-    """
+    """The example of one of `windows`; a question about too long a context loses the middle of that context."""
     number, start, stop = window
     document = documents[number]
     if stop - start <= length:
         return document.example(start, stop)
     answer = stop - (document.answer_start or 0)
-    if answer >= length:
-        raise ValueError(
-            f"the answer of document {number} must be shorter than an example of {length} tokens, got {answer} tokens"
-        )
     end = answer + (length - answer) // 2
     ids = torch.cat([document.ids[: length - end], document.ids[-end:]])
     return Document(ids, length - answer).example()
@@ -204,7 +204,7 @@ def pad_batch(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Examples of different lengths as one batch: padded on the right with token 0, mask 0 and label -100."""
 
     def padded(name: str, value: int) -> Tensor:
-        rows = [example[name] for example in examples]
+        rows = [torch.as_tensor(example[name]) for example in examples]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
     batch = {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORE_INDEX)}

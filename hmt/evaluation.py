@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -23,10 +25,12 @@ class Curve:
     Attributes:
         nll: [R, S] summed negative log likelihood in nats of the predictions made in each segment.
         count: [R, S] how many these are.
+        digest: of the tokens that were read.
     """
 
     nll: Tensor
     count: Tensor
+    digest: str = ""
 
     @property
     def perplexity(self) -> float:
@@ -81,12 +85,24 @@ def read_curve(
         raise ValueError("documents must hold a text of at least two tokens, got none")
     nll = torch.zeros(len(stretches), segments, dtype=torch.float64)
     count = torch.zeros(len(stretches), segments, dtype=torch.long)
+    digest = hashlib.sha256()
     for row, (number, start, stop) in enumerate(stretches):
+        ids = documents[number].ids[None, start:stop]
+        digest.update(f"{len(ids[0])} ".encode() + ids.numpy().tobytes())
         with reading_as(model, mode, summary_source):
-            parts = list(score(model, documents[number].ids[None, start:stop], segments_per_step=1))
+            parts = list(score(model, ids, segments_per_step=1))
         for segment, part in enumerate(parts[:segments]):
             nll[row, segment], count[row, segment] = part.nll, part.num_scored
-        yield Curve(nll[: row + 1], count[: row + 1])
+        yield Curve(nll[: row + 1], count[: row + 1], digest.hexdigest())
+
+
+def incomparable(a: Curve, b: Curve) -> str | None:
+    """Why two readings cannot be compared, if so."""
+    if a.digest != b.digest or not torch.equal(a.count, b.count):
+        return "a and b must be curves of the same tokens, got others, which another tokenizer gives, for one"
+    if (segments := int((a.count > 0).sum())) < 2:
+        return f"a and b must hold at least two segments to resample, got {segments}"
+    return None
 
 
 def compare(a: Curve, b: Curve, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Difference:
@@ -96,14 +112,12 @@ def compare(a: Curve, b: Curve, *, confidence: float = 0.95, resamples: int = 10
     Segments count as independent draws, which those of one text are only nearly.
 
     Raises:
-        ValueError: curves of different texts, or fewer than two segments.
+        ValueError: curves of other tokens, or fewer than two segments (see `incomparable`).
     """
-    if not torch.equal(a.count, b.count):
-        raise ValueError("a and b must be curves of the same texts, got other numbers of predicted tokens")
+    if reason := incomparable(a, b):
+        raise ValueError(reason)
     scored = a.count > 0
     delta, count = (a.nll - b.nll)[scored], a.count[scored].double()
-    if len(delta) < 2:
-        raise ValueError(f"a and b must hold at least two segments to resample, got {len(delta)}")
     return Difference(*bootstrap(delta, count, confidence, resamples, seed), confidence)
 
 
@@ -122,10 +136,9 @@ def bootstrap(
 
 
 def report(curves: Mapping[str, Curve], segment_length: int) -> dict[str, Any]:
-    """Curves by name, and every pair of them compared, as what JSON can hold."""
-    names = list(curves)
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    differences = {pair: compare(curves[pair[0]], curves[pair[1]]) for pair in pairs}
+    """Curves by name, and every pair of them compared that can be, as what JSON can hold."""
+    reasons = {pair: incomparable(curves[pair[0]], curves[pair[1]]) for pair in combinations(curves, 2)}
+    differences = {pair: compare(curves[pair[0]], curves[pair[1]]) for pair, reason in reasons.items() if not reason}
     return {
         "task": "perplexity",
         "segment_length": segment_length,
@@ -149,6 +162,7 @@ def report(curves: Mapping[str, Curve], segment_length: int) -> dict[str, Any]:
             }
             for (a, b), difference in differences.items()
         ],
+        "not_compared": [{"a": a, "b": b, "reason": reason} for (a, b), reason in reasons.items() if reason],
     }
 
 

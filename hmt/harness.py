@@ -33,7 +33,7 @@ class HMTLM(TemplateLM):
 
     Args:
         pretrained: directory or hub name, as `--model` of the other commands.
-        dtype: such as "bfloat16"; None is the default of `hmt.loading.load`.
+        dtype: such as "bfloat16"; None or "auto" is the default of `hmt.loading.load`.
         max_gen_toks: longest answer where a task does not say.
         batch_size, max_batch_size: accepted, because the harness passes them, and not used.
         settings: fields of `HMTConfig`, such as segment_length.
@@ -55,9 +55,12 @@ class HMTLM(TemplateLM):
     ):
         super().__init__()
         self.name, self.max_gen_toks = pretrained, max_gen_toks
-        self.model, self.tokenizer, _ = load(
-            pretrained, dtype=getattr(torch, dtype) if dtype else None, device=device, **settings
-        )
+        if dtype == "auto":
+            dtype = None
+        chosen = None if dtype is None else getattr(torch, dtype, None)
+        if dtype is not None and not isinstance(chosen, torch.dtype):
+            raise ValueError(f"dtype must be a name such as 'bfloat16', 'auto' or None, got {dtype!r}")
+        self.model, self.tokenizer, _ = load(pretrained, dtype=chosen, device=device, **settings)
         self._device = self.model.device
 
     @property
@@ -80,7 +83,9 @@ class HMTLM(TemplateLM):
         return self.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self.tokenizer(string, add_special_tokens=add_special_tokens is not False, verbose=False).input_ids
+        begun = self.tokenizer.bos_token is not None and string.startswith(self.tokenizer.bos_token)  # by a template
+        special = add_special_tokens is not False and not begun
+        return self.tokenizer(string, add_special_tokens=special, verbose=False).input_ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return self.tokenizer.apply_chat_template(

@@ -29,13 +29,12 @@ def recall_ages(model: HMTForCausalLM, input_ids: Tensor, *, summary_source: str
     if model.config.mode != "hmt":
         raise ValueError(f"the model must be of mode 'hmt' to recall segments, got mode {model.config.mode!r}")
     state = None
-    with reading_as(model, None, summary_source):
-        for part in input_ids.split(model.config.summary_batch_size * model.config.segment_length, dim=1):
+    for part in input_ids.split(model.config.summary_batch_size * model.config.segment_length, dim=1):
+        with reading_as(model, None, summary_source):
             out = model(part.to(model.device), state=state, logits_to_keep=1, output_trace=True)
-            state = out.state
-            segments = -(-part.shape[1] // model.config.segment_length)
-            ages = out.trace["age"][0].cpu() if "age" in out.trace else torch.zeros(segments, dtype=torch.int32)
-            yield ages
+        state = out.state
+        segments = -(-part.shape[1] // model.config.segment_length)
+        yield out.trace["age"][0].cpu() if "age" in out.trace else torch.zeros(segments, dtype=torch.int32)
 
 
 def report(ages: Mapping[str, Sequence[Tensor]], segment_length: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 RECIPE = "recipe:"
+MIXED = ("interleaved", "dilated")  # made of other texts by `hmt.data.read_documents`
 LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 
 Row = Mapping[str, Any]
@@ -62,7 +64,8 @@ def _articles(rows: Iterable[tuple[str, Row]]) -> Iterator[Placed]:
             lines = []
         if not lines:
             begun = place
-        lines.append(line)
+        if lines or line.strip():  # a blank line stands before the first article
+            lines.append(line)
     if lines:
         yield begun, {"text": "".join(lines)}
 
@@ -171,8 +174,10 @@ def recipe_records(source: str, split: str) -> Iterator[Placed]:
     """
     name, given, file = parse_recipe(source)
     recipe = RECIPES.get(name)
+    if name in MIXED:
+        raise ValueError(f"{source!r} mixes texts, but questions are wanted here")
     if recipe is None:
-        raise ValueError(f"a recipe must be one of {', '.join(RECIPES)}, interleaved, dilated, got {name!r}")
+        raise ValueError(f"a recipe must be one of {', '.join([*RECIPES, *MIXED])}, got {name!r}")
     check_options(source, given, recipe.options)
     options = {**recipe.options, **{key: whole_number(source, key, value) for key, value in given.items()}}
     try:
@@ -182,6 +187,12 @@ def recipe_records(source: str, split: str) -> Iterator[Placed]:
     start, stop = 0, None
     if file:
         hub, own_split = _local(file), "train"
+        if any((begin, end) != (0, None) for _, begin, end in recipe.splits.values()):
+            warnings.warn(
+                f"{source} is read from start to end: its splits are rows of the hub's one file, and split {split!r} "
+                "is not told from the others in a copy",
+                stacklevel=2,
+            )
     elif split not in recipe.splits:
         raise ValueError(f"the split of {source} must be one of {', '.join(recipe.splits)}, got {split!r}")
     else:

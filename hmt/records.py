@@ -11,15 +11,16 @@ from hmt.recipes import RECIPE, recipe_records
 
 HUB = "hub:"
 TEXT_SUFFIXES = (".txt", ".md")
-RECORD_SUFFIXES = (".jsonl", ".ndjson")
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json")
 QA_FIELDS = ("context", "question", "answer")
 
 
 def read_records(source: str | Path, *, split: str = "train", text_field: str = "text") -> Iterator[dict[str, Any]]:
     """The records of a file, a folder, a hub data set "hub:NAME" or "hub:NAME:CONFIG", or a recipe "recipe:NAME".
 
-    A text file is one record. A line of jsonl or row of a data set holds `text_field`, or context, question, answer; an
-    answer may be a list of all that are right. Recipes are those of `hmt.recipes`.
+    A text file is one record. A line of jsonl, an object of a json file's array or a row of a data set holds
+    `text_field`, or context, question, answer; an answer may be a list of all that are right. Recipes are those of
+    `hmt.recipes`.
 
     Args:
         split: of a hub data set, which is streamed, never downloaded whole.
@@ -56,7 +57,9 @@ def _record(row: Mapping[str, Any], text_field: str, place: str) -> dict[str, An
 
 def _file_rows(path: Path, text_field: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES + RECORD_SUFFIXES and p.is_file())
+        files = sorted(
+            p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES + RECORD_SUFFIXES and p.is_file()
+        )
         if not files:
             raise ValueError(f"{str(path)!r} must hold files *{', *'.join(TEXT_SUFFIXES + RECORD_SUFFIXES)}, got none")
     elif path.is_file():
@@ -67,27 +70,33 @@ def _file_rows(path: Path, text_field: str) -> Iterator[tuple[str, Mapping[str, 
         )
     for file in files:
         try:
-            if file.suffix in RECORD_SUFFIXES:
-                yield from _jsonl_rows(file)
+            if file.suffix.lower() in RECORD_SUFFIXES:
+                yield from _json_rows(file)
             else:
                 yield str(file), {text_field: file.read_text(encoding="utf-8")}
         except UnicodeDecodeError as error:
             raise ValueError(f"{str(file)!r} must be UTF-8 text: {error}") from error
 
 
-def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
+def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """A JSON object in each line; or all in one array, as a file *.json may hold them."""
     with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
+        is_array = file.suffix.lower() == ".json" and lines.read(1) == "["
+        lines.seek(0)
+        pieces = [lines.read()] if is_array else lines
+        for number, text in enumerate(pieces, start=1):
+            if not text.strip():
                 continue
             place = f"{str(file)!r}, line {number},"
             try:
-                row = json.loads(line)
+                found = json.loads(text)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{place} must be a JSON object: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{place} must be a JSON object, got {type(row).__name__}")
-            yield place, row
+            for position, row in enumerate(found if is_array else [found]):
+                at = f"{str(file)!r}, object {position}," if is_array else place
+                if not isinstance(row, dict):
+                    raise ValueError(f"{at} must be a JSON object, got {type(row).__name__}")
+                yield at, row
 
 
 def _hub_rows(name: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

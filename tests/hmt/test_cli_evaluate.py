@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,40 @@ def test_help(capsys) -> None:
     assert "usage: hmt evaluate" in printed
     for task in ("perplexity", "needle", "qa", "recall-map", "pg19", "pubmedqa", "musique"):
         assert re.search(rf"^  {task} ", printed, flags=re.MULTILINE)
+
+
+def test_a_text_of_one_segment_has_a_perplexity(model_dir: Path, tmp_path: Path, capsys) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text(SENTENCE[:40], encoding="utf-8")
+    found = run("perplexity", short, model_dir, tmp_path, "--mode", "hmt", "--mode", "baseline", *SETTINGS)
+    assert found["comparisons"] == [] and len(found["readings"]) == 2
+    assert (
+        "hmt (a) and baseline (b) are not compared: a and b must hold at least two segments" in capsys.readouterr().out
+    )
+
+
+def test_a_model_is_let_go_before_the_next_is_loaded(model_dir: Path, texts: Path, tmp_path: Path, monkeypatch) -> None:
+    """And its data are encoded once for all its modes."""
+    alive: list[weakref.ref] = []
+    encoded: list[str] = []
+
+    def watched(name: str, **options: object) -> object:
+        assert not any(model() for model in alive)
+        loaded = load(name, **options)
+        alive.append(weakref.ref(loaded.model))
+        return loaded
+
+    def documents(source: str, *args: object, **options: object) -> list:
+        encoded.append(source)
+        return load_documents(source, *args, **options)
+
+    monkeypatch.setattr(cli_evaluate, "load", watched)
+    monkeypatch.setattr(cli_evaluate, "load_documents", documents)
+    options = ["--model", str(model_dir), "--mode", "hmt", "--mode", "hmt-causal", *SETTINGS]
+    for task, more in (("perplexity", []), ("needle", ["--trials", "1", "--distances", "1"]), ("recall-map", [])):
+        alive.clear()
+        encoded.clear()
+        data = texts if task != "needle" else texts.with_name("haystack.txt")
+        data.write_text(data.read_text() if data.exists() else SENTENCE * 20, encoding="utf-8")
+        assert run(task, data, model_dir, tmp_path, *options, *more)
+        assert len(alive) == len(encoded) == 2

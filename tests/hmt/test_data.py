@@ -162,3 +162,16 @@ def test_batches_are_padded_on_the_right() -> None:
     assert batch["labels"][1].tolist() == [-100, 1001, 1002, *[-100] * 4]
     assert batch["input_ids"][1, 3:].tolist() == [0] * 4
     assert "attention_mask" not in pad_batch([documents[0].example()] * 2)
+
+
+def test_json_files_hold_records(tmp_path: Path) -> None:
+    """In an array or, as many are, in lines; the case of a suffix does not matter."""
+    rows = [{"text": "Anne walked."}, {"text": "She ran."}]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    (tmp_path / "b.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "c.JSONL").write_text(json.dumps(rows[0]), encoding="utf-8")
+    (tmp_path / "d.TXT").write_text("It rained.", encoding="utf-8")
+    assert list(read_records(tmp_path)) == [*rows, *rows, rows[0], {"text": "It rained."}]
+    (tmp_path / "a.json").write_text('[{"text": "x"}, 3]', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.json', object 1, must be a JSON object, got int"):
+        list(read_records(tmp_path / "a.json"))

@@ -79,8 +79,9 @@ def test_longer_segments_weigh_more() -> None:
 
 def test_curves_of_different_texts_are_refused() -> None:
     a, b = drawn(0.0, 0.1, seed=0)
-    with pytest.raises(ValueError, match="same texts"):
-        compare(a, Curve(b.nll, b.count + 1))
+    for other in (Curve(b.nll, b.count + 1), Curve(b.nll, b.count, "of other tokens")):
+        with pytest.raises(ValueError, match="same tokens"):
+            compare(a, other)
     one = Curve(torch.ones(1, 1), torch.ones(1, 1, dtype=torch.long))
     with pytest.raises(ValueError, match="at least two segments"):
         compare(one, one)
@@ -92,6 +93,19 @@ def test_curves_of_different_texts_are_refused() -> None:
         next(read_curve(hmt_model(), texts(40), 2, summary_source="next"))
     with pytest.raises(ValueError, match="mode must not need more memory"):
         next(read_curve(hmt_model(mode="rmt"), texts(40), 2, mode="hmt"))
+
+
+def test_readings_that_cannot_be_compared_are_reported_all_the_same() -> None:
+    """As those of two tokenizers, which may well come to as many tokens."""
+    model, (ids,) = hmt_model(), texts(64)[0][:1]
+    *_, a = read_curve(model, [Document(ids)], 4)
+    *_, same = read_curve(model, [Document(ids)], 4, mode="rmt")
+    *_, b = read_curve(model, [Document(ids.flip(0))], 4)
+    assert a.digest == same.digest != b.digest
+    found = report({"a": a, "same": same, "b": b}, 16)
+    assert [(c["a"], c["b"]) for c in found["comparisons"]] == [("a", "same")]
+    assert [(c["a"], c["b"]) for c in found["not_compared"]] == [("a", "b"), ("same", "b")]
+    assert "other" in found["not_compared"][0]["reason"] and len(found["readings"]) == 3
 
 
 @pytest.mark.parametrize("plots", [True, False], ids=["matplotlib", "without"])

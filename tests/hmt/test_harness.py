@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_model import byte_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.tasks import TaskManager  # noqa: E402
@@ -121,3 +123,21 @@ def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(ImportError, match="pip install lm-eval"):
         importlib.import_module("hmt.harness")
+
+
+def test_a_chat_that_has_begun_does_not_begin_again(model_dir: Path, tmp_path: Path) -> None:
+    """Its template writes the first token out; a plain text gets it from the tokenizer."""
+    folder = shutil.copytree(model_dir, tmp_path / "chat")
+    tokenizer = byte_tokenizer(begins=True)
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    lm = HMTLM(str(folder), dtype="auto", device="cpu")
+    chat = lm.apply_chat_template([{"role": "user", "content": "So?"}])
+    assert lm.tok_encode(chat) == lm.tok_encode("So?") == [0, *lm.tok_encode("So?", add_special_tokens=False)]
+
+
+def test_a_dtype_that_is_none_is_named(model_dir: Path) -> None:
+    with pytest.raises(
+        ValueError, match="dtype must be a name such as 'bfloat16', 'auto' or None, got 'half precision'"
+    ):
+        HMTLM(str(model_dir), dtype="half precision")

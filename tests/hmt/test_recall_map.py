@@ -41,3 +41,9 @@ def test_a_report_holds_map_and_histogram(tmp_path: Path) -> None:
     assert (tmp_path / "map.png").read_bytes()[1:4] == b"PNG"
     with pytest.raises(ValueError, match="must be a JSON file"):
         write_report(found, tmp_path / "map.png", draw)
+
+
+def test_the_model_is_itself_between_two_parts() -> None:
+    model = hmt_model(summary_batch_size=2)
+    for _ in recall_ages(model, token_ids(1, 100), summary_source="previous"):
+        assert model.config.summary_source == "current"

@@ -107,7 +107,7 @@ def hub(copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[d
 
 def test_wikitext_is_read_by_article(hub: list) -> None:
     found = list(read_records("recipe:wikitext-103", split="validation"))
-    assert [record["text"] for record in found] == ["", "".join(LINES[1:6]), "".join(LINES[6:])]
+    assert [record["text"] for record in found] == ["".join(LINES[1:6]), "".join(LINES[6:])]
     name = "wikitext-103-raw-v1"
     assert hub == [{"path": "Salesforce/wikitext", "name": name, "split": "validation", "streaming": True}]
 
@@ -150,7 +150,8 @@ def test_longbench_has_every_right_answer(name: str, hub: list) -> None:
 
 def test_local_copies_are_read_whole(copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    found = list(read_records(f"recipe:pubmedqa,fuse=5:{copies / 'pubmedqa.parquet'}", split="validation"))
+    with pytest.warns(UserWarning, match="split 'validation' is not told from the others in a copy"):
+        found = list(read_records(f"recipe:pubmedqa,fuse=5:{copies / 'pubmedqa.parquet'}", split="validation"))
     assert len(found) == 5 and len({r["context"] for r in found}) == 1
     (tmp_path / "books").mkdir()
     for i, row in enumerate(BOOKS):
@@ -233,3 +234,8 @@ def test_mixtures_are_named_like_other_sources(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="plain texts"):
         load_documents(f"recipe:dilated:{tmp_path / 'q.jsonl'}", tokenizer)
     assert parse_recipe("recipe:dilated,length=3:recipe:pg19") == ("dilated", {"length": "3"}, "recipe:pg19")
+
+
+def test_mixed_texts_are_no_questions() -> None:
+    with pytest.raises(ValueError, match=r"'recipe:interleaved:x\.txt' mixes texts, but questions are wanted"):
+        next(read_records("recipe:interleaved:x.txt"))
