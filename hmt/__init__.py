@@ -1,6 +1,7 @@
 """The thin model layer: any Hugging Face causal language model as a Hierarchical Memory Transformer."""
 
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hmt import attention
 from hmt.config import HMTConfig
@@ -24,3 +25,5 @@ __all__ = [
 attention.register()
 AutoConfig.register("hmt", HMTConfig, exist_ok=True)
 AutoModelForCausalLM.register(HMTConfig, HMTForCausalLM, exist_ok=True)
+# by this list of names Trainer knows whose labels its label smoothing has to shift
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hmt"] = HMTForCausalLM.__name__

@@ -179,7 +179,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     if arguments.chat:
         prompt = encode_turn(arguments.prompt, loaded.tokenizer, follows=state is not None or ids.shape[1] > 0)
     elif arguments.prompt:
-        prompt = encode_text(arguments.prompt, loaded.tokenizer, add_special_tokens=False)[None]
+        begins = state is None and not ids.shape[1]
+        prompt = encode_text(arguments.prompt, loaded.tokenizer, add_special_tokens=begins)[None]
     elif ids.shape[1]:
         ids, prompt = ids[:, :-1], ids[:, -1:]
     else:

@@ -117,11 +117,9 @@ def add_data_options(group: Any, split: str) -> None:
 
 def _train(command: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     # Trainer brings a lot with it, which the other commands need not wait for
-    from hmt.training import PAPER_STAGES, HMTTrainer, KeepTokenizer, Stage, last_checkpoint
+    from hmt.training import PAPER_STAGES, HMTTrainer, KeepTokenizer, NewIntervals, Stage, last_checkpoint
 
     stages = tuple(map(Stage.parse, arguments.stage)) if arguments.stage else PAPER_STAGES
-    if arguments.mode in ("rmt", "baseline") and not arguments.stage:
-        stages = tuple(Stage(stage.steps, stage.segments) for stage in PAPER_STAGES)
     settings = memory_settings(arguments)
     if arguments.cuda_graphs:
         settings["cuda_graphs"] = True
@@ -131,8 +129,10 @@ def _train(command: argparse.ArgumentParser, arguments: argparse.Namespace) -> i
         check_directory(arguments.output, arguments.model)
     elif is_adapter(arguments.output):
         raise ValueError(f"--output must be another folder for a whole model: {arguments.output!r} holds an adapter")
-    torch.manual_seed(arguments.seed)
-    loaded = load(arguments.model, dtype=torch.float32, device="cpu", **settings)  # Trainer moves it
+    # Trainer moves it
+    loaded = load(arguments.model, dtype=torch.float32, device="cpu", seed=arguments.seed, **settings)
+    if loaded.model.config.mode != "hmt" and not arguments.stage:
+        stages = tuple(Stage(stage.steps, stage.segments) for stage in PAPER_STAGES)
     output = Path(arguments.output)
     checkpoint = last_checkpoint(output)
     if checkpoint is not None and not arguments.resume:
@@ -147,6 +147,7 @@ def _train(command: argparse.ArgumentParser, arguments: argparse.Namespace) -> i
     write_whole(output / RECIPE, (json.dumps(recipe, indent=2) + "\n").encode())
     if arguments.checkpoint_layers:
         checkpoint_layers(loaded.model)
+    torch.manual_seed(arguments.seed)  # of LoRA factors
     count = select(loaded.model, arguments.what, rank=arguments.lora_rank, alpha=arguments.lora_alpha)
     tokens = sum(len(d.ids) for d in documents)
     print(f"training {count:,} parameters on {len(documents)} documents of {tokens:,} tokens", file=sys.stderr)
@@ -162,6 +163,7 @@ def _train(command: argparse.ArgumentParser, arguments: argparse.Namespace) -> i
         eval_documents=evaluated,
     )
     trainer.add_callback(KeepTokenizer(loaded.tokenizer))
+    trainer.add_callback(NewIntervals())
     trainer.train(resume_from_checkpoint=checkpoint)
     loaded.model.config.update({"cuda_graphs": None, "compile_layers": False})  # who loads the result decides anew
     if trainer.is_world_process_zero():

@@ -21,12 +21,15 @@ class Loaded(NamedTuple):
     untrained: bool
 
 
-def load(name: str, *, dtype: torch.dtype | None = None, device: str | None = None, **settings: Any) -> Loaded:
+def load(
+    name: str, *, dtype: torch.dtype | None = None, device: str | None = None, seed: int = 0, **settings: Any
+) -> Loaded:
     """An HMT from a directory or hub name: a saved HMT or adapter as it is, any other causal LM with new memory.
 
     Args:
         dtype: of the weights; None means bfloat16 on CUDA and float32 elsewhere.
         device: None means CUDA when there is one.
+        seed: of new memory parameters, which are the same each time; PyTorch's own random numbers stay as they are.
         settings: fields of `HMTConfig`; for a saved HMT they change how it reads, not what it has learnt.
 
     Raises:
@@ -53,8 +56,9 @@ def load(name: str, *, dtype: torch.dtype | None = None, device: str | None = No
         model = load_weights(HMTForCausalLM, name, dtype=dtype, **settings)
     else:
         backbone = load_weights(AutoModelForCausalLM, name, dtype=dtype)
-        torch.manual_seed(0)  # untrained memory, but the same one each time
-        model = HMTForCausalLM.from_backbone(backbone, **settings)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model = HMTForCausalLM.from_backbone(backbone, **settings)
     return Loaded(model.to(device).eval(), AutoTokenizer.from_pretrained(name), config.model_type != "hmt")
 
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from hmt.backbone import is_quantised
 from hmt.config import MODES
 from hmt.data import Document, pad_batch, window_example, windows
-from hmt.loss import IGNORE_INDEX
+from hmt.loss import IGNORE_INDEX, shift_left
 from hmt.model import HMTForCausalLM
 from hmt.modes import reading_as
 
@@ -117,7 +117,7 @@ class StagedExamples(Dataset):
 
     def _order(self, n: int, epoch: int) -> list[int]:
         if (n, epoch) not in self._orders:
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + n) * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed(((self.seed * 1_000_003 + n) * 1_000_003 + epoch) % 2**63)
             self._orders[n, epoch] = torch.randperm(len(self.windows[n]), generator=generator).tolist()
         return self._orders[n, epoch]
 
@@ -142,12 +142,14 @@ class HMTTrainer(Trainer):
     Args:
         model: an HMT in any mode; parameters that require no gradient stay as they are (see `hmt.adapters.select`).
         args: TrainingArguments; max_steps follows from the stages.
-        documents: what to train on; or a Dataset of examples that is already in order, one after the other.
+        documents: what to train on; or a Dataset (PyTorch's, or of the package datasets) of examples that is already
+            in order, one after the other.
         stages: what each step trains on, and how.
         memory_learning_rate: of the memory's own parameters; None means args.learning_rate.
         decay: the part of the learning rates that an exponential decay leaves at the end; None leaves the schedule to
             args.lr_scheduler_type.
-        eval_documents: evaluated at the last stage's number of segments, when args.eval_strategy says so.
+        eval_documents: evaluated at the last stage's number of segments, when args.eval_strategy says so; eval_loss is
+            the mean over tokens. During a training it is read in the mode of the step before, else in the model's own.
 
     Example:
         >>> arguments = TrainingArguments("out", learning_rate=1e-5, report_to="tensorboard")
@@ -185,22 +187,21 @@ class HMTTrainer(Trainer):
             )
             args._n_gpu = 1  # or Trainer would use torch.nn.DataParallel
         args.max_steps = len(self.plan)
-        if (
-            any(mode not in (None, model.config.mode) for _, mode in self.plan)
-            and args.ddp_find_unused_parameters is None
-        ):
-            args.ddp_find_unused_parameters = True  # a stage without recall leaves its parameters without gradients
+        if model.config.mode != "baseline" and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = True  # a stage without recall, a text of one segment: no gradients of it
         if args.include_num_input_tokens_seen == "no":
             args.include_num_input_tokens_seen = "all"
         length = model.config.segment_length
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         examples = documents
-        if not isinstance(documents, Dataset):
+        if not isinstance(documents, Dataset) and not (len(documents) and isinstance(documents[0], Mapping)):
             examples = StagedExamples(documents, [n for n, _ in self.plan], length, per_step, args.seed)
         evaluated = None if eval_documents is None else FixedExamples(eval_documents, stages[-1].segments[-1], length)
         kwargs.setdefault("data_collator", pad_batch)
         super().__init__(model, args, train_dataset=examples, eval_dataset=evaluated, **kwargs)
         self._clock: tuple[float, int] | None = None  # when the last loss was logged, and the tokens seen by then
+        self._paused = 0.0  # seconds since then in which nothing was trained
+        self._evaluated: list[Tensor] = []  # [2] of each batch: summed loss, and of how many tokens
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # the data set is in order already
@@ -252,7 +253,7 @@ class HMTTrainer(Trainer):
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         self._clock = self._clock or (perf_counter(), self.state.num_input_tokens_seen)
-        with self._stage():
+        with self._stage(self.state.global_step):
             return super().training_step(model, *args, **kwargs)
 
     def prediction_step(
@@ -260,12 +261,40 @@ class HMTTrainer(Trainer):
     ) -> Any:
         if not prediction_loss_only:  # with labels, a model computes no logits that nobody asks for
             inputs = {**inputs, "logits_to_keep": 0}
-        with self._stage():
-            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        with self._stage(max(0, self.state.global_step - 1)) if self.is_in_train else contextlib.nullcontext():
+            loss, *others = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        if loss is not None and "labels" in inputs:
+            count = shift_left(inputs["labels"]).ne(IGNORE_INDEX).sum().to(loss)
+            self._evaluated.append(torch.stack([torch.where(count > 0, loss * count, 0), count]))
+        return loss, *others
 
-    def _stage(self) -> contextlib.AbstractContextManager[None]:
-        """The mode of the step under way, or of the last one."""
-        _, mode = self.plan[min(self.state.global_step, len(self.plan) - 1)]
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Trainer's, whose loss is a mean over batches: here it is one over tokens, whatever batch they come in."""
+        self._evaluated.clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._evaluated and f"{metric_key_prefix}_loss" in output.metrics:
+            total, count = self.accelerator.reduce(torch.stack(self._evaluated).sum(0)).tolist()
+            output.metrics[f"{metric_key_prefix}_loss"] = total / count if count else math.nan
+        return output
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._pause():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._pause():
+            super()._save_checkpoint(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _pause(self) -> Iterator[None]:
+        """Time that does not count as training."""
+        begun = perf_counter()
+        yield
+        self._paused += perf_counter() - begun
+
+    def _stage(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """The mode of a step."""
+        _, mode = self.plan[min(step, len(self.plan) - 1)]
         return reading_as(self.accelerator.unwrap_model(self.model), mode)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -276,8 +305,8 @@ class HMTTrainer(Trainer):
         if "loss" in logs and self._clock:
             now, seen = perf_counter(), self.state.num_input_tokens_seen
             then, before = self._clock
-            logs["tokens_per_second"] = round((seen - before) / (now - then), 1)
-            self._clock = (now, seen)
+            logs["tokens_per_second"] = round((seen - before) / (now - then - self._paused), 1)
+            self._clock, self._paused = (now, seen), 0.0
             logs["segments"] = self.plan[self.state.global_step - 1][0]
         super().log(logs)
 
@@ -294,6 +323,13 @@ class KeepTokenizer(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         if state.is_world_process_zero:
             self.tokenizer.save_pretrained(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+class NewIntervals(TrainerCallback):
+    """Logs, evaluates and saves as often as the arguments of a resumed training say, not as those before."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        state.compute_steps(args, state.max_steps)
 
 
 def last_checkpoint(directory: str | Path) -> str | None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from backbones import hmt_model, token_ids
 from safetensors.torch import load_file, save_file
+from tiny_model import byte_tokenizer
 
 from hmt import HMTForCausalLM
 from hmt.cli import main
@@ -119,6 +120,35 @@ def test_generate_continues_the_text(model_dir: Path, text_file: Path, capsys) -
         assert main([*command, "--temperature", "1.5", "--seed", seed, "--prompt", "Q: why?"]) == 0
         sampled.append(capsys.readouterr().out)
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_a_prompt_that_begins_a_text_begins_as_texts_do(
+    model_dir: Path, text_file: Path, tmp_path: Path, capsys
+) -> None:
+    """With the tokenizer's first token; after a file it has been read already."""
+    folder = shutil.copytree(model_dir, tmp_path / "begins")
+    tokenizer = byte_tokenizer(begins=True)
+    tokenizer.save_pretrained(folder)
+    model, _, _ = load(str(folder), segment_length=32, num_sensory=4, queue_size=5)
+    for file, text in (([], "who?"), ([str(text_file)], text_file.read_text() + "who?")):
+        command = ["generate", *file, "--model", str(folder), "--max-new-tokens", "20", "--prompt", "who?", *SMALL]
+        assert main(command) == 0
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        assert ids[0, 0] == 0 and ids[0, 1:].all()
+        tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+        printed = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True) + "\n"
+        assert capsys.readouterr().out == printed
+
+
+def test_new_memory_is_of_a_seed_and_leaves_the_callers_random_numbers(model_dir: Path) -> None:
+    memories = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(42)
+        memories.append(load(str(model_dir), seed=seed).model.memory)
+        drawn = torch.rand(())
+        torch.manual_seed(42)
+        assert torch.equal(drawn, torch.rand(()))
+    assert torch.equal(memories[0], memories[1]) and not torch.equal(memories[0], memories[2])
 
 
 def test_a_question_as_a_turn_of_a_chat(model_dir: Path, text_file: Path, tmp_path: Path, capsys) -> None:

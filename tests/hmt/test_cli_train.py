@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from transformers import logging as transformers_logging
 from transformers import modeling_utils
 from transformers.utils import CONFIG_NAME
 
-from hmt import capture, cli_train, compiled_layers
+from hmt import capture, cli_train, compiled_layers, training
 from hmt.adapters import FILE
 from hmt.cli import main
 from hmt.cli_train import DATA_DIGEST, RECIPE
@@ -240,3 +241,28 @@ def test_beside_quantised_weights_no_checkpoints_are_saved(
     command = ["train", str(texts), "--model", str(model_dir), "--output", str(tmp_path / "out"), *SMALL, *STEPS]
     assert main([*command, "--what", "memory"]) == 0
     assert (tmp_path / "out" / FILE).is_file() and not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("what", ["memory", "lora"])
+def test_a_seed_draws_what_is_trained(what: str, model_dir: Path, texts: Path, tmp_path: Path) -> None:
+    if what == "lora":
+        pytest.importorskip("peft")
+    found = []
+    for number, seed in enumerate(("1", "1", "2")):
+        out = tmp_path / str(number)
+        command = ["train", str(texts), "--model", str(model_dir), "--output", str(out), "--stage", "1:1", *SMALL]
+        assert main([*command, "--what", what, "--seed", seed, "--learning-rate", "0"]) == 0
+        found.append(load_file(out / FILE))
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name])
+        assert not torch.equal(tensor, found[2][name]) or not tensor.any(), name
+
+
+def test_a_saved_baseline_is_trained_as_one(model_dir: Path, texts: Path, tmp_path: Path, monkeypatch) -> None:
+    """The stages of the paper begin with those of an RMT, where there is a memory."""
+    monkeypatch.setattr(training, "PAPER_STAGES", (training.Stage(1, (2,), "rmt"), training.Stage(1, (2,))))
+    command = ["train", str(texts), "--what", "full", *SMALL]
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    assert main([*command, "--model", str(model_dir), "--mode", "baseline", "--output", first]) == 0
+    assert main([*command, "--model", first, "--output", second]) == 0
+    assert load(second, device="cpu").model.config.mode == "baseline"

@@ -23,7 +23,7 @@ from hmt.adapters import select
 from hmt.data import Document, pad_batch
 from hmt.model import HMTForCausalLM
 from hmt.modes import reading_as
-from hmt.training import HMTTrainer, Stage, StagedExamples, last_checkpoint, plan
+from hmt.training import FixedExamples, HMTTrainer, Stage, StagedExamples, last_checkpoint, plan
 
 HERE = Path(__file__).parent
 OWN = ("memory_learning_rate", "decay", "eval_documents", "compute_metrics")  # options of HMTTrainer
@@ -349,3 +349,122 @@ def test_an_hmt_reads_as_what_it_contains() -> None:
     with reading_as(model, "baseline"):
         torch.testing.assert_close(model(ids).logits, hmt_model(mode="baseline")(ids).logits)
     assert model.config.mode == "hmt"
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_loss_of_an_evaluation_is_a_mean_over_tokens(batch_size: int, tmp_path: Path) -> None:
+    """Whatever the examples and batches that they come in; the last window holds one prediction."""
+    model, held_back = hmt_model(), texts(50)
+    options = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_eval_batch_size=batch_size)
+    trainer = HMTTrainer(model, options, texts(50), [Stage(1, (3,))], eval_documents=held_back)
+    with torch.no_grad():
+        parts = [part[None] for part in held_back[0].ids.split(48)]
+        total = sum(float(model(ids, labels=ids, num_items_in_batch=1).loss) for ids in parts)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(total / 48, rel=1e-5)
+    assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] == pytest.approx(total / 48, rel=1e-5)
+
+
+def test_an_evaluation_reads_as_the_step_before_it_did(tmp_path: Path) -> None:
+    """And outside of a training as the model does."""
+    model, seen = hmt_model(), []
+    model.register_forward_hook(lambda *_: seen.append((model.training, model.config.mode)))
+    options = {"eval_documents": texts(20), "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0}
+    trainer = train(model, tmp_path, [Stage(2, (2,), "rmt"), Stage(1, (2,))], prediction_loss_only=True, **options)
+    assert [mode for training, mode in seen if training] == ["rmt", "rmt", "hmt"]
+    assert [mode for training, mode in seen if not training] == ["rmt", "rmt", "hmt"]
+    seen.clear()
+    trainer.state.global_step = 0
+    trainer.evaluate()
+    assert seen == [(False, "hmt")]
+
+
+def test_smoothed_labels_are_those_of_the_next_token(tmp_path: Path) -> None:
+    model, documents = hmt_model(), texts(40)
+    options = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", label_smoothing_factor=0.1)
+    trainer = HMTTrainer(model, options, documents, [Stage(1, (3,))])
+    example = pad_batch([documents[0].example()])
+    with torch.no_grad():
+        found = trainer.compute_loss(model, dict(example))
+        logits = model(example["input_ids"]).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits[0], example["labels"][0, 1:], label_smoothing=0.1)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_any_seed_orders_the_examples(seed: int) -> None:
+    examples = StagedExamples(texts(100), [2] * 4, 16, 1, seed)
+    assert {len(examples[i]["input_ids"]) for i in range(4)} == {32, 4}
+
+
+@pytest.mark.parametrize("make", [lambda d: StagedExamples(d, [2], 16, 1, 0), lambda d: FixedExamples(d, 2, 16)])
+def test_an_answer_that_no_example_can_hold_is_found_at_once(make: Any) -> None:
+    with pytest.raises(ValueError, match="answer of document 1 must be shorter than an example of 32 tokens, got 80"):
+        make([Document(torch.arange(40), 30), Document(torch.arange(90), 10)])
+
+
+def test_processes_may_lack_gradients_of_recall(tmp_path: Path) -> None:
+    """A text of one segment has none, in any stage."""
+    for mode, expected in (("hmt", True), ("rmt", True), ("baseline", None)):
+        arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+        HMTTrainer(hmt_model(mode=mode), arguments, texts(100), [Stage(1, (1,))])
+        assert arguments.ddp_find_unused_parameters is expected
+
+
+def test_a_data_set_of_the_package_datasets(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    documents = texts(32, 32, 20)
+    rows = [{name: x.tolist() for name, x in d.example().items()} for d in documents]
+    model, same = hmt_model(), hmt_model()
+    trainer = train(model, tmp_path, [Stage(3, (2,))], documents=datasets.Dataset.from_list(rows))
+    expected = train(same, tmp_path, [Stage(3, (2,))], documents=ListOf(documents))
+    assert values(trainer, "loss") == values(expected, "loss")
+
+
+class ListOf(torch.utils.data.Dataset):
+    def __init__(self, documents: list[Document]):
+        self.documents = documents
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.documents[index].example()
+
+
+def test_the_speed_is_that_of_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that evaluations and checkpoints turn on by a minute, and steps by a second."""
+    now = [0.0]
+
+    def takes(seconds: float, call: Any) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            now[0] += seconds
+            return call(*args, **kwargs)
+
+        return called
+
+    monkeypatch.setattr(training, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(Trainer, "training_step", takes(1.0, Trainer.training_step))
+    monkeypatch.setattr(Trainer, "evaluation_loop", takes(60.0, Trainer.evaluation_loop))
+    monkeypatch.setattr(Trainer, "_save_checkpoint", takes(60.0, Trainer._save_checkpoint))
+    options = {"eval_documents": texts(20), "eval_strategy": "steps", "eval_steps": 1, "prediction_loss_only": True}
+    options |= {"save_strategy": "steps", "save_steps": 1, "documents": texts(32)}
+    options |= {"per_device_train_batch_size": 1}
+    trainer = train(hmt_model(), tmp_path, [Stage(4, (2,))], **options)
+    assert values(trainer, "tokens_per_second") == [32.0] * 4
+
+
+def test_a_resumed_training_logs_and_saves_as_often_as_it_is_told(tmp_path: Path) -> None:
+    often = {"logging_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    train(hmt_model(), tmp_path, [Stage(3, (2,))], **often)
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, save_steps=2
+    )
+    trainer = HMTTrainer(hmt_model(), arguments, texts(100, 40, 70), [Stage(6, (2,))])
+    trainer.add_callback(training.NewIntervals())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [3, 4, 5, 6]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-3",
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
