@@ -31,8 +31,8 @@ BACKENDS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# compiling FlexAttention takes longer than all else together: one shape, with a mask, on CUDA
-FLEX_LENGTH, FLEX_DIM = 1058, 128
+# compiling takes longer than all else together: FlexAttention for one shape, with a mask, the rotation for two, on CUDA
+COMPILED_LENGTH, FLEX_DIM = 1058, 128
 # beyond it those that hold all scores are too large, or too slow to wait for
 MATH_LENGTH = {"cpu": 546, "cuda": 1058}
 
@@ -155,6 +155,20 @@ def _liger(x: Inputs) -> Attention:
     return run
 
 
+def _compiled_rotary(x: Inputs) -> Attention:
+    """What torch.compile makes of transformers' rotation, in few kernels."""
+    if x.cos is None or (len(x.q), x.q.shape[2]) != (1, COMPILED_LENGTH):
+        raise NotHere(f"compiled for the workload rotary, B = 1, T = {COMPILED_LENGTH} only")
+    rotate = torch.compile(apply_rotary_pos_emb, dynamic=False)
+
+    def run(x: Inputs) -> Tensor:
+        q, k = rotate(x.q, x.k, x.cos, x.sin)
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, x.v, is_causal=True, enable_gqa=gqa)
+
+    return run
+
+
 def _backend(name: str, x: Inputs) -> Attention:
     if name == "math":
         _holds_scores(x)
@@ -169,8 +183,8 @@ def _backend(name: str, x: Inputs) -> Attention:
 
 def _flex(x: Inputs) -> Attention:
     batch, _, *size = x.q.shape
-    if x.pad_span is None or (batch, *size) != (1, FLEX_LENGTH, FLEX_DIM):
-        raise NotHere(f"compiled for the workload hole, B = 1, T = {FLEX_LENGTH}, D = {FLEX_DIM} only")
+    if x.pad_span is None or (batch, *size) != (1, COMPILED_LENGTH, FLEX_DIM):
+        raise NotHere(f"compiled for the workload hole, B = 1, T = {COMPILED_LENGTH}, D = {FLEX_DIM} only")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     start, stop = x.pad_span[0].tolist()
@@ -221,6 +235,7 @@ for backend in BACKENDS:
     missing = _needs_cuda() if backend in ("efficient", "cuDNN") else lambda: None
     register("attention", f"{DIRECT}, {backend}", partial(_backend, backend), missing)
 register("attention", f"{DIRECT}, Liger's rotary", _liger, _needs_cuda("liger_kernel"))
+register("attention", f"{DIRECT}, compiled rotary", _compiled_rotary, _needs_cuda())
 register(
     "attention",
     "FlexAttention",

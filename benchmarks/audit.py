@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks import audit_table, sass
+from benchmarks import audit_table, cards, sass
 from benchmarks.audit_attention import attention_cases
 from benchmarks.audit_cases import Case, recall_cases, targets
 from benchmarks.results import Row
@@ -78,6 +78,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.measure and not (options.table and torch.cuda.is_available()):
         parser.error("--measure needs --table and a CUDA device")
+    if options.measure:
+        cards.use(torch.cuda.get_device_name())
     if options.measure and not options.only:
         options.only = f"sm_{target_of(torch.device('cuda', 0)).arch}"
 
@@ -101,24 +103,25 @@ def main() -> int:
                 failures += bool(finding.problems)
                 rows.append(finding.row)
     if options.table:
-        rows = audit_table.with_measurements(rows, measured(options) if options.measure else {})
         audit_table.write(options.table, rows)
+        for seconds in measured(options) if options.measure else ():  # what is cut off has what it had
+            audit_table.write(options.table, audit_table.with_measurements(rows, seconds))
     if not sources:
         print(f"CUDA C++: not checked{'' if nvcc else ', there is no nvcc'}")
     print(f"{failures} failed")
     return 1 if failures or not _jobs else 0
 
 
-def measured(options: argparse.Namespace) -> dict[tuple[str, str], float]:
-    """Seconds of this GPU's launches, by kernel and architecture."""
+def measured(options: argparse.Namespace) -> Iterator[dict[tuple[str, str], float]]:
+    """Seconds of this GPU's launches so far, by kernel and architecture."""
     target = target_of(torch.device("cuda", 0))
-    seconds = {}
+    seconds: dict[tuple[str, str], float] = {}
     for family in FAMILIES:
         for case in family(target, options.every_shape, "cuda"):
             key = (case.label, f"sm_{target.arch}")
             if options.only in " ".join(key):
                 seconds[key] = audit_table.seconds_of(case)
-    return seconds
+                yield seconds
 
 
 _jobs: list[Callable[[], list[Finding]]] = []

@@ -116,7 +116,7 @@ def recall_case(
 
 
 def recall_cost(direction: str, batch: int, queries: int, slots: int, dim: int, element_size: int) -> Cost:
-    """Forward two products, the queue read once; backward four, the queue read and its gradient written once."""
-    products, queues, rows = (2, 1, 2) if direction == "forward" else (4, 2, 4)
+    """Forward two products, the queue read once; backward five, the queue read and its gradient written once."""
+    products, queues, rows = (2, 1, 2) if direction == "forward" else (5, 2, 4)
     nbytes = batch * dim * (queues * slots + rows * queries) * element_size
     return Cost(nbytes, 2 * products * batch * queries * slots * dim)

@@ -26,6 +26,15 @@ CARDS = {
     90: Card("H100 SXM", 132, 3.35e12, {2: 989e12, 4: 67e12}, 228 * 1024, 1.83e9),
     100: Card("B200", 148, 8.0e12, {2: 2250e12, 4: 75e12}, 228 * 1024, 1.85e9),
 }
+# of the same architectures, by what PyTorch calls them
+OTHERS = {"H200": (90, CARDS[90]._replace(name="H200 SXM", bandwidth=4.8e12))}
+
+
+def use(device: str) -> None:
+    """Take the data sheet of this device, where it is known, for its architecture."""
+    for name, (arch, card) in OTHERS.items():
+        if name in device:
+            CARDS[arch] = card
 
 
 def blocks_per_multiprocessor(card: Card, warps: int, registers: int, shared_memory: int) -> int:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, StaticCache
 
 from benchmarks import providers
 from benchmarks.processes import held_memory, peak_memory
@@ -20,9 +20,11 @@ from hmt.backbone import apply_head, embed, run_layers
 
 SEGMENT_LENGTH = size(256, tiny=16)
 HMT, BACKBONE = providers.OURS["long context"], "backbone alone, its keys cached"
+STATIC = "backbone alone, a static cache"
 CONTEXTS = size((1_000, 10_000, 100_000), tiny=(40, 80))
 # one segment, so that closing it is counted once
-TOKENS = {HMT: SEGMENT_LENGTH, BACKBONE: 4}
+TOKENS = {HMT: SEGMENT_LENGTH, BACKBONE: 4, STATIC: 4}
+ROOM = 16 * TOKENS[STATIC]  # of the static cache, for all rounds
 CONFIG = LlamaConfig(
     vocab_size=4096,
     hidden_size=size(256, tiny=32),
@@ -58,9 +60,8 @@ def context_length(context: int) -> int:
 
 
 @torch.no_grad()
-def filled_cache(model: HMTForCausalLM, context: int) -> DynamicCache:
+def fill(cache: Cache, context: int) -> Cache:
     """A cache of the backbone with that many random keys and values; what they are changes neither time nor memory."""
-    cache = DynamicCache(config=model.backbone.config)
     shape = (1, CONFIG.num_key_value_heads, context, CONFIG.hidden_size // CONFIG.num_attention_heads)
     for layer in range(CONFIG.num_hidden_layers):
         cache.update(torch.randn(shape, device=DEVICE), torch.randn(shape, device=DEVICE), layer)
@@ -93,21 +94,46 @@ def _hmt(model: HMTForCausalLM, context: int, state: HMTState) -> Generation:
 
 
 def _backbone(model: HMTForCausalLM, context: int, state: HMTState) -> Generation:
-    cache = filled_cache(model, context)
+    """As transformers generates: its cache is copied, one token longer, at every token."""
+    return _continued(model, BACKBONE, fill(DynamicCache(config=model.backbone.config), context))
+
+
+def _static(model: HMTForCausalLM, context: int, state: HMTState) -> Generation:
+    """With memory for all tokens from the start, which are written in place."""
+    cache = StaticCache(config=model.backbone.config, max_cache_len=context + ROOM)
+    return _continued(model, STATIC, fill(cache, context))
+
+
+def _continued(model: HMTForCausalLM, name: str, cache: Cache) -> Generation:
     kept = nbytes(cache_tensors(cache))
 
     @torch.no_grad()
     def run() -> None:
         token = text(1)
-        for _ in range(TOKENS[BACKBONE]):
-            hidden = run_layers(model.backbone, embed(model.backbone, token), cache=cache).last_hidden_state
+        for _ in range(TOKENS[name]):
+            mask = None
+            if isinstance(cache, StaticCache):  # not all of it is filled
+                room = cache.layers[0].keys.shape[2]  # type: ignore[union-attr]
+                mask = (torch.arange(room, device=DEVICE) <= cache.get_seq_length())[None]
+            hidden = run_layers(model.backbone, embed(model.backbone, token), mask, cache).last_hidden_state
             token = apply_head(model.backbone, hidden).argmax(-1)
 
     return Generation(run, kept)
 
 
+def check_caches(model: HMTForCausalLM) -> None:
+    """Raises AssertionError where the two caches of the backbone, filled alike, do not come to hold the same keys."""
+    held = []
+    for cache in (DynamicCache(config=model.backbone.config), StaticCache(model.backbone.config, CONTEXTS[0] + ROOM)):
+        torch.manual_seed(2)
+        _continued(model, STATIC, fill(cache, CONTEXTS[0])).run()
+        held.append([x[:, :, : CONTEXTS[0] + TOKENS[STATIC]] for x in cache_tensors(cache)])
+    torch.testing.assert_close(*held)
+
+
 register("long context", HMT, _hmt)
 register("long context", BACKBONE, _backbone)
+register("long context", STATIC, _static)
 
 
 def peak_of(provider: str, context: int, state: Path) -> int:

@@ -103,8 +103,8 @@ def watched(folder: Path, classes: str) -> Iterator[dict[str, list[float]]]:
 def main(folder: Path, classes: str, arguments: list[str]) -> None:
     torch.set_num_threads(1)
     script = script_with(classes, folder)
+    sys.path.insert(0, str(Path(os.environ["HMT_PYTORCH"]).resolve()))
     os.chdir(script.parent)  # it writes a log where it runs
-    sys.path.insert(0, os.environ["HMT_PYTORCH"])
     sys.argv = [str(script), f"--task_name={folder / 'texts'}", f"--model_name={folder / 'model'}", *arguments]
     with peer.stand_ins(), peer.cuda_calls_allowed(), watched(folder, classes) as seen:
         runpy.run_path(str(script), run_name="__main__")

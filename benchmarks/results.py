@@ -117,13 +117,16 @@ def provenance() -> dict[str, str]:
 
 
 def write(name: str, rows: Iterable[Row]) -> Path:
-    """Put rows into results/<name>.csv in place of older ones of the same quantity; the file is replaced whole."""
+    """Put rows into results/<name>.csv in place of older ones of the same quantity; the file is replaced whole.
+
+    Rows of another device go: nobody could compare the others with these.
+    """
     FOLDER.mkdir(exist_ok=True, parents=True)
     path = FOLDER / f"{name}.csv"
-    merged = {key(row): row for row in read(path)} if path.exists() else {}
     where = provenance()
+    before = read(path) if path.exists() else []
+    merged = {key(row): row for row in before if row.get("device", where["device"]) == where["device"]}
     merged |= {key(row): row | where for row in rows}
-
     write_csv(path, COLUMNS, merged.values())
     return path
 

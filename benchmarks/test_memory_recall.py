@@ -32,39 +32,6 @@ GPU_PEER_GOAL, GPU_BANDWIDTH_GOAL, GPU_STEP_GOAL = 10.0, 0.85, 8.0
 GPU_BANDWIDTH_BYTES = 64e6
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("slots", SLOTS)
-@pytest.mark.parametrize("dim", DIMS)
-@torch.no_grad()
-def test_recall(
-    dim: int, slots: int, dtype: torch.dtype, benchmark: Any, rows: list[Row], absent: dict[str, str]
-) -> None:
-    inputs = make_inputs(slots, dim, dtype, DEVICE)
-    found, missing = providers.make("recall", inputs)
-    absent.update({f"{name} (recall)": reason for name, reason in missing.items()})
-    exact = expected(inputs)
-    for name, recall in found.items():
-        error = (recall().double() - exact).abs().max() / exact.abs().max()
-        assert error <= TOLERANCE[dtype], f"{name} is off by {error:.1e} of the largest element"
-    graphs = {name: as_graph(recall) for name, recall in found.items()}
-    copied = torch.empty_like(inputs.memory)
-    graphs["copy"] = as_graph(lambda: copied.copy_(inputs.memory))
-    turns = by_turns(graphs, benchmark)
-
-    workload = f"recall N={slots} D={dim} {dtype_name(dtype)}"
-    ratios = {name: median_ratio(turns.seconds[name], turns.seconds[OURS]) for name in found}
-    best = min((name for name in found if not name.startswith(OURS)), key=lambda name: ratios[name])
-    cost = costs.recall(slots, dim, dtype.itemsize)
-    for name in found:
-        rows.append(
-            row(
-                "memory recall", workload, "time", name, turns.seconds[name], "us", ratio=ratios[name], ratio_to=OURS,
-                goal=goal(name, best, slots, dtype), cost=cost, ceilings=ceilings(dtype),
-            )
-        )  # fmt: skip
-    add_bandwidth(rows, workload, turns, inputs.memory)
-
-
 @torch.no_grad()
 def test_step(benchmark: Any, rows: list[Row]) -> None:
     """Write a memory, recall, fill both prompt slots of the next segment: B = 1, N = 300, D = 4096, bfloat16."""
@@ -102,6 +69,39 @@ def test_step(benchmark: Any, rows: list[Row]) -> None:
                 cost=cost, ceilings=ceilings(torch.bfloat16),
             )
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("slots", SLOTS)
+@pytest.mark.parametrize("dim", DIMS)
+@torch.no_grad()
+def test_recall(
+    dim: int, slots: int, dtype: torch.dtype, benchmark: Any, rows: list[Row], absent: dict[str, str]
+) -> None:
+    inputs = make_inputs(slots, dim, dtype, DEVICE)
+    found, missing = providers.make("recall", inputs)
+    absent.update({f"{name} (recall)": reason for name, reason in missing.items()})
+    exact = expected(inputs)
+    for name, recall in found.items():
+        error = (recall().double() - exact).abs().max() / exact.abs().max()
+        assert error <= TOLERANCE[dtype], f"{name} is off by {error:.1e} of the largest element"
+    graphs = {name: as_graph(recall) for name, recall in found.items()}
+    copied = torch.empty_like(inputs.memory)
+    graphs["copy"] = as_graph(lambda: copied.copy_(inputs.memory))
+    turns = by_turns(graphs, benchmark)
+
+    workload = f"recall N={slots} D={dim} {dtype_name(dtype)}"
+    ratios = {name: median_ratio(turns.seconds[name], turns.seconds[OURS]) for name in found}
+    best = min((name for name in found if not name.startswith(OURS)), key=lambda name: ratios[name])
+    cost = costs.recall(slots, dim, dtype.itemsize)
+    for name in found:
+        rows.append(
+            row(
+                "memory recall", workload, "time", name, turns.seconds[name], "us", ratio=ratios[name], ratio_to=OURS,
+                goal=goal(name, best, slots, dtype), cost=cost, ceilings=ceilings(dtype),
+            )
+        )  # fmt: skip
+    add_bandwidth(rows, workload, turns, inputs.memory)
 
 
 def by_turns(calls: dict[str, Callable[[], object]], benchmark: Any) -> Turns:

@@ -29,27 +29,29 @@ def lab_parts(out: Path) -> list[Part]:
     build = [PYTHON, "setup.py", "build_ext", "--inplace"]
     workers = str(max(1, min(14, (os.cpu_count() or 1) - 1)))
     tests = pytest(*TESTS, "-p", "benchmarks.gpu_lab.on_device", "-n", workers, "--dist=worksteal", "--tb=short")
-    tools = {"memcheck": 15, "racecheck": 25, "initcheck": 15, "synccheck": 15}
+    tools = {"memcheck": 15, "racecheck": 40, "initcheck": 15, "synccheck": 15}
     audit = [PYTHON, "-m", "benchmarks.audit", "--table", str(out / "audit.csv"), "--measure"]
     counters = ",".join(summary.COUNTERS)
-    ncu = ["ncu", "--csv", "--log-file", str(out / "ncu.csv"), "--metrics", counters]
+    # the clocks stay as they are, or its times would not be those of the benchmarks
+    ncu = ["ncu", "--csv", "--log-file", str(out / "ncu.csv"), "--metrics", counters, "--clock-control", "none"]
+    ncu += ["--profile-from-start", "off"]
     ncu += ["--kernel-name", "regex:memory_recall|segment_attention", PYTHON, "-m", "benchmarks.gpu_lab.hot"]
     plot = [PYTHON, "-m", "benchmarks.plot", "--device", "cuda", "--results", str(out)]
     return [
         Part("environment", [PYTHON, "-m", "benchmarks.gpu_lab.environment"], 10, "environment"),
         Part("build", build, 25, "build", needs_cuda=True, tool="nvcc"),
         # first, since it compiles the Triton kernels on all cores, and the others find them in Triton's cache
-        Part("audit", audit, 60, "audit", needs_cuda=True),
-        Part("tests", tests, 85, "tests", needs_cuda=True),
+        Part("audit", audit, 45, "audit", needs_cuda=True),
+        Part("tests", tests, 80, "tests", needs_cuda=True),
         # once without a tool, so that these need not compile
-        Part("selection", SELECTION, 25, "sanitizer", needs_cuda=True),
+        Part("selection", SELECTION, 35, "sanitizer", needs_cuda=True),
         *(
             Part(tool, sanitizer(tool), most, "sanitizer", needs_cuda=True, tool="compute-sanitizer")
             for tool, most in tools.items()
         ),
         Part("attention", pytest("benchmarks/test_segment_attention.py"), 78, "bench", needs_cuda=True),
         Part("model", pytest("benchmarks/test_gpu_model.py"), 90, "bench", needs_cuda=True),
-        Part("recall", pytest("benchmarks/test_memory_recall.py"), 50, "bench", needs_cuda=True),
+        Part("recall", pytest("benchmarks/test_memory_recall.py"), 45, "bench", needs_cuda=True),
         Part("ncu", ncu, 30, "ncu", needs_cuda=True, tool="ncu"),
         Part("plot", plot, 8, "plot", needs_cuda=True),
     ]

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 _failed: set[str] = set()
+PASSED = pytest.StashKey[list[str]]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    done = _done_file()
-    passed = set(done.read_text().splitlines()) if done.exists() else set()
+    passed = set(config.stash[PASSED])
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
     items[:] = [item for item in items if item.nodeid not in passed]
 
@@ -33,8 +34,18 @@ class Recorder:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Recorder())
+    if hasattr(config, "workerinput"):
+        config.stash[PASSED] = config.workerinput["passed"]
+        return
+    done = _done_file()
+    config.stash[PASSED] = done.read_text().splitlines() if done.exists() else []
+    config.pluginmanager.register(Recorder())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """As of the start: a worker that takes the place of one that died has to collect what that one did."""
+    node.workerinput["passed"] = node.config.stash[PASSED]
 
 
 @pytest.hookimpl(trylast=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import audit_table, results
+from benchmarks import audit_table, cards, results
 from benchmarks.audit_attention import attention_case, visible_pairs
 from benchmarks.audit_cases import recall_case
 from benchmarks.audit_table import Compiled
@@ -81,3 +81,11 @@ def test_a_launch_on_a_device_is_timed_and_stands_beside_its_prediction(name, tm
     assert untouched == other
     audit_table.write(tmp_path / "audit.csv", [filled, untouched])
     assert results.read_rows(tmp_path / "audit.csv")[1]["measured_us"] == ""
+
+
+def test_a_known_card_has_its_own_ceilings(monkeypatch):
+    monkeypatch.setattr(cards, "CARDS", dict(cards.CARDS))
+    cards.use("NVIDIA H100 80GB HBM3")
+    assert cards.CARDS[90].bandwidth == 3.35e12
+    cards.use("NVIDIA H200")
+    assert (cards.CARDS[90].name, cards.CARDS[90].bandwidth, cards.CARDS[80].name[:4]) == ("H200 SXM", 4.8e12, "A100")

@@ -36,6 +36,15 @@ def test_writing_replaces_the_same_quantity_only(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["suite.csv"]
 
 
+def test_rows_of_another_device_do_not_stay_beside_new_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setattr(results, "provenance", lambda: {"device": "H100", "commit": "a"})
+    results.write("suite", [results.row("b", "w", "time", name, [1.0], "s") for name in ("x", "y")])
+    monkeypatch.setattr(results, "provenance", lambda: {"device": "H200", "commit": "a"})
+    path = results.write("suite", [results.row("b", "w", "time", "y", [2.0], "s")])
+    assert [(row["provider"], row["device"]) for row in results.read(path)] == [("y", "H200")]
+
+
 def test_sizes_are_read_from_a_workload():
     assert results.sizes("recall N=300 D=576 bf16") == {"N": "300", "D": "576"}
 

@@ -116,6 +116,23 @@ def test_what_has_passed_is_not_run_again(tmp_path):
     assert run(fails=False, workers="0").startswith("0 2 deselected")
 
 
+def test_a_worker_that_dies_leaves_no_test_out(tmp_path):
+    """Its successor collects the same tests, though some have passed since."""
+    names = [f"test_{number:02}" for number in range(20)]
+    bodies = {name: f"    time.sleep(0.3)\n    open({str(tmp_path / name)!r}, 'w')\n" for name in names}
+    bodies["test_05"] = "    os._exit(1)\n"
+    text = "".join(f"\ndef {name}():\n{body}" for name, body in bodies.items())
+    (tmp_path / "test_some.py").write_text(f"import os, time\n{text}")
+    done = tmp_path / "passed.txt"
+    environment = os.environ | {"HMT_LAB_DONE": str(done), "PYTHONPATH": str(ROOT)}
+    options = ["-n", "2", "--dist=worksteal", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tmp_path)]
+    command = lab.pytest(str(tmp_path / "test_some.py"), *options)
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "1 failed, 19 passed" in result.stdout.splitlines()[-1], result.stdout
+    assert all((tmp_path / name).exists() for name in names if name != "test_05")
+    assert len(set(done.read_text().splitlines())) == 19
+
+
 def test_parts_that_cannot_run_are_absent(tmp_path):
     log = tmp_path / "log"
     part = Part("gpu", ["true"], 60, needs_cuda=True)
