@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import torch
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def refuse_forward_mode(*tensors: torch.Tensor | None) -> None:
-    """Raise NotImplementedError for a tensor with a forward-mode tangent: a custom operator drops it silently."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+def refuse_transforms(*tensors: torch.Tensor | None, other: str = "") -> None:
+    """Raise NotImplementedError for derivatives that a custom operator has no rule for.
+
+    A forward-mode tangent it would drop silently, and torch.func.grad it would call a fault of its own; `other` is what
+    one could use besides torch.autograd.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        transforms = [interpreter.key() for interpreter in retrieve_all_functorch_interpreters()]
+        if torch._C._functorch.TransformType.Grad in transforms:
+            raise NotImplementedError(
+                f"hmt_kernels has no derivatives by torch.func: use {other}backward or torch.autograd.grad"
+            )
+    if forward_ad._current_level < 0:
         return
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError(

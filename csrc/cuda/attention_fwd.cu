@@ -102,7 +102,7 @@ __device__ __forceinline__ void write_results(const AttentionForward& p, const R
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float sum = lanes_sum<4>(softmax.sum[m][r]);
-      const bool empty = sum == 0.0f;  // no key is seen; a NaN is
+      const bool empty = sum == 0.0f;  // no key is seen, or none with a score above -inf
       factor[m][r] = empty ? 0.0f : 1.0f / sum;
       const int row = block.first_row + warp_row + m * kWarpRows + fragment_row(2 * r);
       if (threadIdx.x % 4 == 0 && row <= block.last_row) {

@@ -11,7 +11,7 @@ from hmt_kernels.autocast import without_autocast
 from hmt_kernels.checks import LARGEST, check_memory_recall, check_memory_recall_step
 from hmt_kernels.dispatch import Decision, chosen, implementation, remember, remembered, selected
 from hmt_kernels.dispatch import decide as decide_implementation
-from hmt_kernels.eager import is_watched, refuse_forward_mode
+from hmt_kernels.eager import is_watched, refuse_transforms
 from hmt_kernels.finite import check_finite, is_checking
 
 OPS = torch.ops.hmt_kernels
@@ -69,7 +69,7 @@ def memory_recall(
         module = _implementation_of(query, memory, num_valid, softmax_scale, impl)
         return RecallOutput(*module.forward(query, memory, num_valid, softmax_scale))
     name = chosen(decide(query, memory, num_valid, softmax_scale=softmax_scale, impl=impl))
-    refuse_forward_mode(query, memory)
+    refuse_transforms(query, memory)
     return RecallOutput(*OPS.memory_recall_fwd.default(query, memory, num_valid, softmax_scale, name))
 
 
@@ -120,7 +120,7 @@ def memory_recall_step(
         _check_values(query, memory, num_valid, slot_index)
         check_finite("new_memory", new_memory)
     name = chosen(decide_implementation("memory_recall", impl, (query, memory)))
-    refuse_forward_mode(query, memory, new_memory)
+    refuse_transforms(query, memory, new_memory)
     arguments = (query, memory, new_memory, slot_index, num_valid, softmax_scale, out, name)
     step = OPS.memory_recall_step.default if is_watched(*arguments[:5], out) else _step
     lse, slot = step(*arguments)

@@ -10,7 +10,7 @@ from hmt_kernels.autocast import without_autocast
 from hmt_kernels.checks import LARGEST, check_segment_attention
 from hmt_kernels.dispatch import Decision, chosen, implementation, remember, remembered, selected
 from hmt_kernels.dispatch import decide as decide_implementation
-from hmt_kernels.eager import PLAIN, refuse_forward_mode
+from hmt_kernels.eager import PLAIN, refuse_transforms
 from hmt_kernels.finite import check_finite, is_checking
 from hmt_kernels.segment_attention import sdpa
 
@@ -38,12 +38,13 @@ def segment_attention(
     Args:
         q: [B, Hq, Tq, D], float16, bfloat16, float32 or float64; Tq <= Tk, Tq = 1 is decoding.
         k, v: [B, Hkv, Tk, D], q's dtype; Hq a multiple of Hkv (grouped heads). "reference" and "sdpa" take any D,
-            the kernels 32, 64, 80, 96, 128, 256.
+            "triton" multiples of 8 up to 256, "cuda" 64, 80, 96 and 128.
         cos, sin: [1 or B, Tk, R], R even and at most D, any float dtype: rotary embedding of the first R features of q
             and k, by key position. Half-split convention: feature r turns with feature r + R/2, and the second half of
             the tables repeats the first. They get no gradient.
         pad_span: [B, 2] int32, a half-open range of keys hidden from every query of that batch row; start >= end hides
-            none. Its values are not read on the host. Hidden keys and values must be finite.
+            none. Its values are not read on the host. Hidden keys and values must be finite, and so must be what they
+            are rotated to and their scores.
         window_size: number of keys a row sees, its own included; None for all.
         softmax_scale: the factor of the scores, 1 / sqrt(D) by default.
         return_lse: also return softmax_lse, the log-sum-exp of each row's scaled scores; it is differentiable.
@@ -59,7 +60,7 @@ def segment_attention(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device or value, or an `impl` that cannot run here, with the reason.
-        NotImplementedError: forward-mode derivatives of the reference.
+        NotImplementedError: derivatives in forward mode or by torch.func, and second ones, but from "sdpa".
 
     Example:
         >>> q, k, v = torch.randn(2, 9, 64, 64), torch.randn(2, 3, 100, 64), torch.randn(2, 3, 100, 64)
@@ -85,7 +86,7 @@ def segment_attention(
     if name == "sdpa":
         with without_autocast(q.device):
             return sdpa.attend(q, k, v, cos, sin, pad_span, window_size, softmax_scale)
-    refuse_forward_mode(q, k, v, cos, sin)
+    refuse_transforms(q, k, v, cos, sin, other='impl="sdpa" or ')
     o, softmax_lse = torch.ops.hmt_kernels.segment_attention_fwd(
         q, k, v, cos, sin, pad_span, window_size, softmax_scale, name
     )
@@ -224,6 +225,8 @@ def _autograd(ctx: Any, do: torch.Tensor | None, dlse: torch.Tensor | None) -> t
         if dlse is None:
             return None, None, None, *no_gradient
         do = torch.zeros_like(o)
+    elif pad_span is not None:  # what comes to rows that see nothing may not be finite, and no gradient is theirs
+        do = do.masked_fill((softmax_lse == -torch.inf).unsqueeze(-1), 0.0)
     dq, dk, dv = torch.ops.hmt_kernels.segment_attention_bwd(
         do, dlse, q, k, v, cos, sin, pad_span, o, softmax_lse, ctx.window_size, ctx.softmax_scale, ctx.impl
     )

@@ -70,7 +70,7 @@ def attend(
     visible = visible & shown  # [B, 1, Tq, Tk]
     # A blind row gets its own key, so that no backend meets an empty softmax; its result is then replaced by zeros.
     visible = visible | (blind & (keys == positions))
-    return _sdpa(q, k, v, visible, False, softmax_scale) * ~blind
+    return _sdpa(q.masked_fill(blind, 0.0), k, v, visible, False, softmax_scale).masked_fill(blind, 0.0)
 
 
 def _sdpa(
@@ -96,8 +96,9 @@ def _sdpa(
 
 
 def _apart(x: torch.Tensor) -> torch.Tensor:
-    """x, or a copy if its rows overlap: PyTorch lays the result out as q lies, and oneDNN refuses such keys."""
-    return x.contiguous() if any(0 < stride < x.shape[-1] for stride in x.stride()[:-1]) else x
+    """x, or a copy of rows that overlap, which oneDNN refuses, or have gaps, where PyTorch falls back on plain math."""
+    apart = x.stride(-1) == 1 and not any(0 < stride < x.shape[-1] for stride in x.stride()[:-1])
+    return x if apart else x.contiguous()
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

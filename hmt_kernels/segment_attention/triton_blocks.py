@@ -222,7 +222,7 @@ def softmax_step(s, m_i, l_i, scale, EXP_UNIT: tl.constexpr):
 
 @triton.jit
 def finish(acc0, acc1, m_i, l_i, EXP_UNIT: tl.constexpr):
-    """o0, o1 and lse of rows; zeros and -inf where they saw no key, NaN where they saw one."""
+    """o0, o1 and lse of rows; zeros and -inf where they saw no key, or none with a score above -inf."""
     none = l_i == 0
     l_i = tl.where(none, 1.0, l_i)
     lse = tl.where(none, float("-inf"), m_i * (EXP_UNIT * LN_2) + tl.log2(l_i) * LN_2)

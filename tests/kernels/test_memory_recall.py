@@ -12,8 +12,10 @@ from hmt_kernels.memory_recall import reference
 
 IMPLS = [name for name in ("reference", "cpu") if dispatch.missing("memory_recall", name) is None]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-# the kernels take three dtypes; float64 is the reference's alone
+# on a CPU the kernels of Triton are interpreted
 EVERYWHERE = [*IMPLS, *(["triton"] if dispatch.missing("memory_recall", "triton") is None else [])]
+EVERYWHERE = EVERYWHERE if not torch.cuda.is_available() else IMPLS
+# the kernels take three dtypes; float64 is the reference's alone
 IMPLS_AND_DTYPES = [(i, d) for i in IMPLS for d in DTYPES if i == "reference" or d != torch.float64]
 # B, Q, N, D, num_valid
 CASES = {

@@ -7,10 +7,13 @@ import pytest
 import torch
 from tolerance import assert_accurate
 
-from hmt_kernels import segment_attention
+from hmt_kernels import dispatch, segment_attention
 from hmt_kernels.segment_attention import reference, sdpa
 
 IMPLS = ["reference", "sdpa"]
+# on a CPU the kernels of Triton are interpreted
+EVERYWHERE = [*IMPLS, *(["triton"] if dispatch.missing("segment_attention", "triton") is None else [])]
+EVERYWHERE = EVERYWHERE if not torch.cuda.is_available() else IMPLS
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # shape is (B, Hq, Hkv, Tq, Tk, D); rotary (rows, R); the rest as in the operator
 CASES = {
@@ -194,6 +197,28 @@ def test_a_scale_that_float32_rounds_away(scale, impl):
     q, k, v = (torch.randn(1, 2, 6, 16) for _ in range(3))
     mean = v.cumsum(2) / torch.arange(1, 7)[:, None]
     torch.testing.assert_close(segment_attention(q, k, v, softmax_scale=scale, impl=impl), mean)
+
+
+@pytest.mark.parametrize("impl", EVERYWHERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_rows_that_see_nothing_take_part_in_nothing(dtype, impl):
+    """Whatever is in them, and whatever gradient comes to them: as where parts are put together by their lse."""
+    q, k, v, do = (torch.randn(2, heads, 9, 64, dtype=dtype) for heads in (4, 2, 2, 4))
+    span = torch.tensor([[0, 3], [0, 9]], dtype=torch.int32)
+    blind = torch.zeros(2, 1, 9, 1, dtype=torch.bool)
+    blind[0, :, :3] = blind[1] = True
+
+    def results(q, do):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        o = segment_attention(*leaves, pad_span=span, impl=impl)
+        return o, *torch.autograd.grad(o, leaves, do)
+
+    expected = results(q.masked_fill(blind, 0.0), do.masked_fill(blind, 0.0))
+    large = q.masked_fill(blind, torch.finfo(dtype).max)
+    for value in (float("nan"), float("inf"), torch.finfo(dtype).max):
+        for found, same in zip(results(large, do.masked_fill(blind, value)), expected, strict=True):
+            torch.testing.assert_close(found, same)
+            assert found.isfinite().all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-from hmt_kernels import segment_attention
+from hmt_kernels import checking, segment_attention
 
 OPS = torch.ops.hmt_kernels
 SETTINGS = ["plain", "window", "hole", "rotary", "everything"]
@@ -161,3 +163,35 @@ def test_second_derivatives_of_the_operator_are_refused():
     (grad,) = torch.autograd.grad(loss, q, create_graph=True)
     with pytest.raises(NotImplementedError, match="segment_attention can be differentiated once"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap-of-grad", "grad-of-vmap"])
+def test_derivatives_by_torch_func_are_refused_but_for_sdpa(transform):
+    q, k, v = (torch.randn(3, 1, 2, 5, 32) for _ in range(3))
+
+    def total(q, k, v, impl):
+        return segment_attention(q, k, v, impl=impl).sum()
+
+    def run(impl):
+        one = functools.partial(total, impl=impl)
+        if transform == "grad":
+            return torch.func.grad(one)(q[0], k[0], v[0])
+        if transform == "vmap-of-grad":
+            return torch.vmap(torch.func.grad(one))(q, k, v)
+        return torch.func.grad(lambda *args: torch.vmap(one)(*args).sum())(q, k, v)
+
+    with pytest.raises(NotImplementedError, match=r'torch\.func: use impl="sdpa" or backward'):
+        run("reference")
+    found = run("sdpa")
+    q.requires_grad_()
+    of_all = segment_attention(*(x.flatten(0, 1) for x in (q, k, v)), impl="reference").sum()
+    (expected,) = torch.autograd.grad(of_all, q)
+    torch.testing.assert_close(found, expected[0] if transform == "grad" else expected)
+
+
+def test_what_has_no_values_is_not_checked():
+    q = torch.randn(1, 2, 5, 32, device="meta")
+    with checking():
+        assert segment_attention(q, q, q).is_meta
+        with FakeTensorMode():
+            assert segment_attention(*(torch.randn(1, 2, 5, 32) for _ in range(3)), impl="reference").shape == q.shape
