@@ -117,6 +117,7 @@ def hmt_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
     query, key, value = as_autocast(query, key, value)
+    key, value = key.to(query.dtype), value.to(query.dtype)  # of a cache that was filled in another dtype
     out = segment_attention(query, key, value, pad_span=pad_span, window_size=sliding_window, softmax_scale=scaling)
     return cast(Tensor, out).transpose(1, 2).contiguous(), None
 

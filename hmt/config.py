@@ -37,7 +37,7 @@ class HMTConfig(PreTrainedConfig):
             "previous" the last round(L f) tokens of the one before, so that nothing ever sees a later token.
         recall_dim: width h of the recall projections; None means the embedding width d.
         recall_softmax_scale: scale of the recall scores; None means 1/sqrt(h). HMT-pytorch trained its
-            checkpoints with d, h >= 4096 at 1/h.
+            checkpoints with d, h >= 4096 at 1/h. A model takes it when it is made; other settings may change later.
         fused_rotary: rotate queries and keys inside the attention kernel (see `hmt.fuse_rotary`). None does it where
             the backbone allows and a kernel gains by it, True everywhere or not at all (ValueError), False never.
         summary_batch_size: rows of one summary pass; larger is faster until the pass no longer fits caches or memory.
@@ -101,12 +101,17 @@ class HMTConfig(PreTrainedConfig):
             kwargs.setdefault(name, getattr(self.text_config, name, None))
         kwargs.pop(DIGEST, None)
         super().__post_init__(**kwargs)
-        self._check()
+        self.check()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> HMTConfig:
         """The config of a dict, which may come from a file."""
         fields = dict(config_dict)
+        if (kind := fields.get("model_type", cls.model_type)) != cls.model_type:
+            raise ValueError(
+                f"this is no HMT but a model of type {kind!r}: HMTForCausalLM.from_backbone(AutoModelForCausalLM."
+                "from_pretrained(...)) or hmt.loading.load makes one of it"
+            )
         fields.pop("_commit_hash", None)  # older transformers add it to what they have read
         if (expected := fields.pop(DIGEST, None)) is not None and expected != digest_of_fields(fields):
             raise ValueError(
@@ -116,12 +121,14 @@ class HMTConfig(PreTrainedConfig):
         return super().from_dict(fields, **kwargs)
 
     def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
-        """Write a config.json with a digest of its fields, whole or not at all."""
+        """Write a config.json with a digest of its fields, whole or not at all; none that could not be loaded again."""
+        self.check()
         fields = json.loads(self.to_json_string(use_diff))
         fields[DIGEST] = digest_of_fields(self._decode_special_floats(fields))
         write_whole(Path(json_file_path), (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise a ValueError for a setting outside its range: they may have been set since this was made."""
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
         if self.summary_source not in SUMMARY_SOURCES:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -128,6 +130,24 @@ def can_go_on(cache: Cache) -> bool:
     elif isinstance(cache, RecurrentCache) and not cache.whole:
         return False
     return torch.is_inference_mode_enabled() or not any(_is_inference(x) for x in vars(layer).values())
+
+
+_claimed: set[int] = set()  # not an attribute, which copies and pickles would take along
+_claiming = threading.Lock()
+
+
+@contextlib.contextmanager
+def claimed(cache: Any) -> Iterator[bool]:
+    """Whether inside this context a cache is this call's alone: no other thread may read what it writes meanwhile."""
+    with _claiming:
+        mine = id(cache) not in _claimed
+        _claimed.add(id(cache))
+    try:
+        yield mine
+    finally:
+        if mine:
+            with _claiming:
+                _claimed.discard(id(cache))
 
 
 def _is_inference(value: Any) -> bool:

@@ -64,7 +64,8 @@ def load(
 
 def _check_device(device: str) -> None:
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("no weights can be there")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device must be one of this machine and this PyTorch, got {device!r}: {reason}") from error

@@ -58,6 +58,7 @@ class HMTForCausalLM(PreTrainedModel, HMTGenerationMixin):
     recall: MemoryRecall
 
     def __init__(self, config: HMTConfig, backbone: PreTrainedModel | None = None):
+        config.check()  # from_pretrained sets what its caller gives after a config is made
         requested_attention = config._attn_implementation
         super().__init__(config)
         if backbone is None:

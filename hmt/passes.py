@@ -14,7 +14,7 @@ from torch.profiler import record_function
 from hmt import capture
 from hmt.backbone import embed, has_replaced_weights, hidden_states
 from hmt.decode_graph import decode_graph
-from hmt.kv_cache import can_go_on, new_cache
+from hmt.kv_cache import can_go_on, claimed, new_cache
 from hmt.layer_graphs import GraphedCall, graphed_call
 from hmt.outputs import SegmentResult
 from hmt.recurrence import Layers, augment, decode_token, read_segment, summarize
@@ -39,8 +39,12 @@ def read_segments(
     length, opened = config.segment_length, state.num_open
     text = join(state.open, new)
     if can_decode(model, state, new, use_cache):
-        yield SegmentResult(_decode(model, text, state.cache), open_segment(state, text, state.cache))
-        return
+        with claimed(state.cache) as mine:  # another thread may have gone on with it since
+            mine = mine and can_decode(model, state, new, use_cache)
+            hidden = _decode(model, text, state.cache) if mine else None
+        if hidden is not None:
+            yield SegmentResult(hidden, open_segment(state, text, state.cache))
+            return
     segments = split(text, length)
     rematerializes = config.rematerialize and torch.is_grad_enabled() and len(segments) > 1
     if rematerializes and has_replaced_weights(model):
@@ -70,7 +74,7 @@ def _read_in_turn(
     call: GraphedCall | None,
 ) -> Iterator[SegmentResult]:
     """The segments after `state`, whose queue is written in place where no gradients are recorded."""
-    config, pending, fuses = model.config, None, _fuses_steps(model, state)
+    config, pending, fuses = model.config, None, _fuses_steps(model, state, segments[0])
     for number, (segment, query) in enumerate(zip(segments, queries, strict=True), start=1):
         closing, last = segment.length == config.segment_length, number == len(segments)
         state = _truncate(state, config.bptt_depth)
@@ -246,11 +250,11 @@ def _step_and_read(
     return hidden, memory, recalled, age
 
 
-def _fuses_steps(model: HMTForCausalLM, state: HMTState) -> bool:
+def _fuses_steps(model: HMTForCausalLM, state: HMTState, segment: Tokens) -> bool:
     """Whether a memory's way into the queue and the next recall can be one step, which writes in place."""
     if torch.is_grad_enabled() or model.config.mode != "hmt" or state.queue is None:
         return False
-    embeds = embed(model.backbone, state.open.ids[:, :0])
+    embeds = embed(model.backbone, segment.ids[:1, :1])  # a token, because hooks may divide by their number
     return embeds.dtype == state.queue.dtype and embeds.device == state.queue.device
 
 

@@ -7,6 +7,7 @@ more are read together, padded on the right, where causal attention sees nothing
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hmt.backbone import apply_head, embed, run_layers, takes_positions, takes_spans
 from hmt.inputs import check_state, check_values
-from hmt.kv_cache import batches, copy_of, grow, new_cache, rows_of, together
+from hmt.kv_cache import batches, claimed, copy_of, grow, new_cache, rows_of, together
 from hmt.passes import cache_capacity, can_decode, close_segment, open_segment, read_segments
 from hmt.recurrence import augment, summarize
 from hmt.state import HMTState
@@ -117,7 +118,8 @@ def _part_shared_caches(rows: list[_Row]) -> None:
     seen: set[int] = set()
     for row in rows:
         if id(row.state.cache) in seen:
-            row.state = replace(row.state, cache=copy_of(row.state.cache))
+            with claimed(row.state.cache) as mine:
+                row.state = replace(row.state, cache=copy_of(row.state.cache) if mine else None)
         elif row.state.cache is not None:
             seen.add(id(row.state.cache))
 
@@ -145,9 +147,22 @@ def _read_alone(model: HMTForCausalLM, row: _Row) -> None:
 
 
 def _decode(model: HMTForCausalLM, rows: list[_Row]) -> None:
-    """One more token of every row's open segment."""
+    """One more token of every row's open segment, but of those whose cache another thread uses: these wait."""
     if len(rows) == 1:
         return _read_alone(model, rows[0])
+    with contextlib.ExitStack() as stack:
+        mine = []
+        for row in rows:
+            new = Tokens(row.pending[None])
+            if stack.enter_context(claimed(row.state.cache)) and can_decode(model, row.state, new, use_cache=True):
+                mine.append(row)
+            else:
+                row.state = row.state.without_cache()
+        if mine:
+            _decode_together(model, mine)
+
+
+def _decode_together(model: HMTForCausalLM, rows: list[_Row]) -> None:
     cache, own = together([row.state.cache for row in rows])  # type: ignore[misc]
     lengths = [c.get_seq_length() for c in own]
     positions = torch.tensor(lengths, device=rows[0].pending.device)

@@ -81,7 +81,8 @@ class HMTState:
 
     def out_of_inference(self) -> HMTState:
         """The same state; outside of inference mode without tensors made in it, which no backward pass could keep."""
-        if torch.is_inference_mode_enabled() or not self.open.ids.is_inference():
+        tensors = (self.queue, self.recent.ids, self.open.ids)
+        if torch.is_inference_mode_enabled() or not any(x is not None and x.is_inference() for x in tensors):
             return self
         queue = None if self.queue is None else self.queue.clone()
         return replace(self, queue=queue, recent=self.recent.clone(), open=self.open.clone())

@@ -175,6 +175,10 @@ class HMTTrainer(Trainer):
                 f"args.save_strategy must be 'no' for a quantised backbone, which no checkpoint can hold, got "
                 f"{args.save_strategy.value!r}: save with hmt.adapters.save_adapter in the end"
             )
+        if args.auto_find_batch_size:
+            raise ValueError(
+                "args.auto_find_batch_size must be off: the examples of a stage are counted by its steps' batch size"
+            )
         self.plan, self.memory_learning_rate, self.decay = plan(stages), memory_learning_rate, decay
         for mode in {mode for _, mode in self.plan}:
             with reading_as(model, mode):

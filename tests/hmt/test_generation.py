@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import golden
@@ -318,11 +319,14 @@ def test_a_cache_of_inference_mode_outside_of_it(name: str) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize("source", ["current", "previous"])
-def test_training_after_a_state_of_inference_mode(source: str) -> None:
+def test_training_after_a_state_of_inference_mode(source: str, moved: bool) -> None:
     model, ids = hmt_model(summary_source=source), token_ids(2, 45)
     with torch.inference_mode():
         state = model.read(ids[:, :36])
+    if moved:  # the memories alone are of inference mode then
+        state = replace(model.read(ids[:, :36]), queue=state.queue)
     model(ids[:, 36:], labels=ids[:, 36:], state=state).loss.backward()
     found = model.recall.wq.weight.grad.clone()
     model.zero_grad()
@@ -342,6 +346,17 @@ def test_a_cache_that_is_full_before_its_segment() -> None:
         found, expected = (model(ids[:, i : i + 1], state=s, use_cache=True) for s in (state, plain))
         torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
         state, plain = found.state, expected.state.without_cache()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma3", "mamba"])
+@torch.no_grad()
+def test_a_cache_of_another_dtype(name: str) -> None:
+    """The model has been rounded since it was filled."""
+    model, ids = hmt_model(name), token_ids(1, 21)
+    state = model(ids[:, :20], use_cache=True).state
+    expected = model(ids[:, 20:], state=state.without_cache(), use_cache=True).logits
+    found = model.bfloat16()(ids[:, 20:], state=state, use_cache=True).logits
+    assert (found.float() - expected).norm() < 0.1 * expected.norm()
 
 
 @pytest.mark.parametrize("first", [False, True])

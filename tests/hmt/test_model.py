@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from backbones import CONFIGS, VOCAB, WITHOUT_ATTENTION, backbone, hmt_model, token_ids
@@ -365,3 +367,44 @@ def test_a_backbone_that_is_refused_is_as_it_was() -> None:
     with pytest.raises(ValueError, match="rotary embedding cannot be fused"):
         HMTForCausalLM.from_backbone(lm, segment_length=16, num_sensory=3, fused_rotary=True)
     assert lm.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"summary_source": "prevoius"},
+        {"num_sensory": 17},
+        {"segment_length": 2},
+        {"mode": "RMT"},
+        {"bptt_depth": 0},
+        {"queue_size": 0},
+        {"compile_layers": True, "fused_rotary": True},
+    ],
+    ids=str,
+)
+def test_settings_that_come_after_a_config_was_made_are_checked_too(settings: dict, tmp_path: Path) -> None:
+    """Those of a load, and those that are set on a model, which nobody could load again."""
+    model = hmt_model()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=" must "):
+        HMTForCausalLM.from_pretrained(tmp_path, **settings)
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=" must "):
+        model.save_pretrained(tmp_path / "again")
+
+
+def test_a_backbone_in_place_of_an_hmt_is_named(tmp_path: Path) -> None:
+    backbone().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no HMT but a model of type 'llama': HMTForCausalLM\.from_backbone"):
+        HMTForCausalLM.from_pretrained(tmp_path)
+
+
+def test_hooks_of_the_embedding_see_tokens() -> None:
+    """Those of NEFTune divide by their number."""
+    model = hmt_model()
+    seen = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: seen.append(out.numel()))
+    with torch.no_grad():
+        model(token_ids(1, 50))
+    assert seen and all(seen)

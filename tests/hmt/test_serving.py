@@ -10,7 +10,7 @@ from backbones import VOCAB, hmt_model, token_ids
 from test_generation import GREEDY
 
 from hmt import HMTForCausalLM, HMTState
-from hmt.kv_cache import SegmentCache
+from hmt.kv_cache import SegmentCache, claimed
 from hmt.serving import step
 
 
@@ -214,3 +214,26 @@ def test_bad_lists_of_states(arguments: dict, message: str) -> None:
     count = 3 if arguments.pop("state", None) else 2
     with pytest.raises(ValueError, match=message):
         model(token_ids(2, 3) % VOCAB, state=[model.new_state() for _ in range(count)], **arguments)
+
+
+@torch.no_grad()
+def test_a_cache_that_another_thread_is_writing_to_is_left_alone() -> None:
+    """One state may be continued by several at once: whoever comes second reads its open segment again."""
+    model, ids = hmt_model(summary_source="previous"), token_ids(3, 25)
+    token = ids[:, 24:]
+    states = model(ids[:, :24], use_cache=True).state.split()
+    _, states = step(model, [s.without_cache() for s in states], [row[20:21] for row in ids])
+    expected, _ = step(model, [s.without_cache() for s in states], list(token))
+    lengths = [s.cache.get_seq_length() for s in states]
+    with claimed(states[0].cache) as first, claimed(states[2].cache) as last, claimed(states[0].cache) as again:
+        assert (first, last, again) == (True, True, False)
+        alone = model(token[:1], state=states[0], use_cache=True).logits[0]
+        found, after = step(model, states, list(token))
+        copies, _ = step(model, [states[0], states[0]], [token[0], token[0]])
+    torch.testing.assert_close(alone, expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(copies, [expected[0]] * 2, atol=1e-5, rtol=1e-5)
+    now = [s.cache.get_seq_length() for s in states]
+    assert now == [lengths[0], lengths[1] + 1, lengths[2]] and after[1].cache is states[1].cache
+    with claimed(states[0].cache) as free:
+        assert free

@@ -468,3 +468,10 @@ def test_a_resumed_training_logs_and_saves_as_often_as_it_is_told(tmp_path: Path
         "checkpoint-4",
         "checkpoint-6",
     ]
+
+
+def test_a_batch_size_that_changes_is_refused(tmp_path: Path) -> None:
+    """Stages count their examples by it: a training would not come to its later ones."""
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", auto_find_batch_size=True)
+    with pytest.raises(ValueError, match="auto_find_batch_size must be off"):
+        HMTTrainer(hmt_model(), arguments, texts(100))
