@@ -138,16 +138,29 @@ def train(name: str, documents: list[Document], arguments: argparse.Namespace) -
         writer.writerows(entry for entry in trainer.state.log_history if "loss" in entry)
 
 
+def reader(name: str, adapters: Path, device: str) -> HMTForCausalLM:
+    """SmolLM2 with an adapter and the one that it was trained upon."""
+    backbone = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    return load_adapter(adapters / name, load_adapter(adapters / "base", backbone).backbone).eval().to(device)
+
+
 def evaluate(documents: list[Document], adapters: Path, segments: int, stretches: int, device: str) -> dict[str, Curve]:
     """Every reading's curve on the same stretches of the text."""
     curves = {}
     for label, (name, source) in READINGS.items():
-        backbone = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-        model = load_adapter(adapters / name, load_adapter(adapters / "base", backbone).backbone).eval().to(device)
+        model = reader(name, adapters, device)
         found = read_curve(model, documents, segments, summary_source=source, limit=stretches)
         for curve in tqdm(found, desc=label, unit="stretch"):
             curves[label] = curve
     return curves
+
+
+def at_once(documents: list[Document], adapters: Path, segments: int, stretches: int, device: str) -> Curve:
+    """The model without memory with each stretch as one window: what a memory has to make up for."""
+    model = reader("baseline", adapters, device)
+    model.config.segment_length = segments * SEGMENT_LENGTH
+    *_, curve = tqdm(read_curve(model, documents, 1, limit=stretches), desc="at once", unit="stretch")
+    return curve
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -180,10 +193,13 @@ def main(argv: list[str] | None = None) -> None:
             train(name, documents, arguments)
         return
     documents = load_documents(arguments.text, tokenizer)
-    curves = evaluate(documents, arguments.adapters, arguments.segments, arguments.stretches, arguments.device)
+    what = (documents, arguments.adapters, arguments.segments, arguments.stretches, arguments.device)
+    curves = evaluate(*what)
     found = report(curves, SEGMENT_LENGTH)
+    found["at_once"] = {"window": arguments.segments * SEGMENT_LENGTH, "perplexity": at_once(*what).perplexity}
     for label, reading in found["readings"].items():
         print(f"{label:>12}  perplexity {reading['perplexity']:.3f} on {reading['tokens_predicted']:,} tokens")
+    print(f"{'at once':>12}  perplexity {found['at_once']['perplexity']:.3f}, without memory in one window")
     for c in found["comparisons"]:
         low, high = c["interval"]
         print(f"{c['a']} - {c['b']}: {c['nats_per_token']:+.4f} nats per token, 95 % in [{low:+.4f}, {high:+.4f}]")

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -171,7 +171,8 @@ def load_adapter(
     """The model of `save_adapter`; LoRA factors are merged into the backbone, which needs no `peft`.
 
     Args:
-        backbone: the model that was trained on; its weights are changed. None loads it by the name in the file.
+        backbone: the model that was trained on; its weights are changed, unless the adapter is refused. None loads it
+            by the name in the file.
         settings: fields of `HMTConfig` to read with, in place of those in the file.
 
     Raises:
@@ -195,7 +196,7 @@ def load_adapter(
         if isinstance(base, HMTForCausalLM):
             backbone = base.backbone
             backbone.generation_config = base.generation_config  # the saved one
-    _merge(backbone, tensors, metadata["lora"], path)
+    updates = _updates(backbone, tensors, metadata["lora"], path)
     model = HMTForCausalLM.from_backbone(backbone, **{**stored, **settings})
     expected = {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
     found = {name for name in tensors if not name.startswith("backbone.")}
@@ -207,6 +208,8 @@ def load_adapter(
         raise ValueError(f"{str(path)!r} does not fit the backbone {type(backbone).__name__}: {error}") from error
     if unknown:
         raise ValueError(f"{str(path)!r} does not fit the backbone {type(backbone).__name__}: it has no {unknown[0]}")
+    for update in updates:  # last, when nothing can be refused any more: who tries again must not add them twice
+        update.add()
     return model
 
 
@@ -289,9 +292,29 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
-def _merge(backbone: PreTrainedModel, tensors: dict[str, torch.Tensor], scales: dict[str, float], path: Path) -> None:
-    """W + scale B A for each adapted layer; the factors are taken out of `tensors`."""
+class _Update(NamedTuple):
+    """W + scale B A of a layer."""
+
+    layer: nn.Module
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    transposed: bool
+
+    @torch.no_grad()
+    def add(self) -> None:
+        update = self.scale * (self.b @ self.a)
+        weight = cast(torch.Tensor, self.layer.weight)
+        weight += (update.T if self.transposed else update).to(weight)
+
+
+def _updates(
+    backbone: PreTrainedModel, tensors: dict[str, torch.Tensor], scales: dict[str, float], path: Path
+) -> list[_Update]:
+    """Those of all adapted layers; their factors are taken out of `tensors`, and a shared head gets its own weights."""
     modules = dict(unwrap(backbone).named_modules())
+    ends = (backbone.get_output_embeddings(), backbone.get_input_embeddings())
+    updates = []
     for name, scale in scales.items():
         embeds = f"{name}.lora_embedding_A.default" in tensors
         keys = [f"{name}.lora_embedding_{x}.default" if embeds else f"{name}.lora_{x}.default.weight" for x in "AB"]
@@ -302,15 +325,13 @@ def _merge(backbone: PreTrainedModel, tensors: dict[str, torch.Tensor], scales: 
                 f"{str(path)!r} holds LoRA factors, which cannot be added to quantised weights, as those of "
                 f"{name}: load it with the backbone as it was before"
             )
-        update = scale * (b @ a)
-        if embeds or isinstance(layer, Conv1D):  # GPT-2's linear layer, transposed as an embedding is
-            update = update.T
+        transposed = embeds or isinstance(layer, Conv1D)  # GPT-2's linear layer, as an embedding is
+        shape = (a.shape[1], b.shape[0]) if transposed else (b.shape[0], a.shape[1])
         kinds = nn.Embedding if embeds else (nn.Linear, Conv1D)
-        if not isinstance(layer, kinds) or layer.weight.shape != update.shape:
+        if not isinstance(layer, kinds) or layer.weight.shape != shape:
             kind = "embedding" if embeds else "linear layer"
             raise ValueError(f"{str(path)!r} does not fit the backbone {type(backbone).__name__}: no {kind} {name}")
-        ends = (backbone.get_output_embeddings(), backbone.get_input_embeddings())
-        if layer in ends and _shares_weights(backbone):
-            untie_head(backbone)  # the factors were those of one of them alone
-        with torch.no_grad():
-            layer.weight += update.to(layer.weight)
+        updates.append(_Update(layer, a, b, scale, transposed))
+    if any(update.layer in ends for update in updates) and _shares_weights(backbone):
+        untie_head(backbone)  # the factors were those of one of them alone
+    return updates

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any, cast
 
@@ -75,22 +76,29 @@ def load_hmt_pytorch(
         settings.setdefault("recall_dim", h)
         if h >= 4096 and d >= 4096:
             settings.setdefault("recall_softmax_scale", 1.0 / h)
-    missing, unexpected = backbone.load_state_dict(weights, strict=False)
     tied = set(getattr(backbone, "all_tied_weights_keys", {}))
-    absent = [key for key in missing if key not in tied] if weights else []
-    if unexpected or absent:
-        raise ValueError(
-            f"source does not fit the backbone {type(backbone).__name__}: unexpected keys {_some(unexpected)}, "
-            f"missing keys {_some(absent)}"
-        )
+    _check_fit(f"the backbone {type(backbone).__name__}", backbone, weights, lambda key: key not in tied and weights)
     model = HMTForCausalLM.from_backbone(backbone, **settings)
-    missing, unexpected = model.load_state_dict(own, strict=False)
-    absent = [key for key in missing if not key.startswith("backbone.")]
+    _check_fit(f"mode {settings['mode']!r}", model, own, lambda key: not key.startswith("backbone."))
+    backbone.load_state_dict(weights, strict=False)  # last: who is refused keeps the backbone's own
+    model.load_state_dict(own, strict=False)
+    return model
+
+
+def _check_fit(what: str, module: nn.Module, weights: Mapping[str, Tensor], needs: Callable[[str], object]) -> None:
+    """Raise a ValueError unless a module has a place of the right shape for all weights, and gets all that it needs."""
+    places = module.state_dict()
+    unexpected = [key for key in weights if key not in places]
+    absent = [key for key in places if key not in weights and needs(key)]
     if unexpected or absent:
         raise ValueError(
-            f"source does not fit mode {settings['mode']!r}: unexpected {_some(unexpected)}, missing {_some(absent)}"
+            f"source does not fit {what}: unexpected keys {_some(unexpected)}, missing keys {_some(absent)}"
         )
-    return model
+    for key, value in weights.items():
+        if value.shape != places[key].shape:
+            raise ValueError(
+                f"source does not fit {what}: {key} has the shape {list(value.shape)}, not {list(places[key].shape)}"
+            )
 
 
 def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -101,7 +109,11 @@ def _read(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         raise ValueError(f"source must be a file or a state_dict, but there is no file {str(path)!r}")
     if path.suffix == ".safetensors":
         return load_file(path)
-    weights = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"source must be a file of torch.save, {str(path)!r} is damaged or none: {reason}") from error
     if not isinstance(weights, Mapping):
         raise TypeError(f"source must hold a state_dict, {str(path)!r} holds a {type(weights).__name__}")
     return weights

@@ -36,7 +36,7 @@ def encode_file(
     if not path.exists() or path.is_dir():  # a pipe is fine
         raise ValueError(f"FILE must be a text file, but there is no file {str(path)!r}")
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             ids = _joined(iter(partial(file.read, PIECE), ""), tokenizer, add_special_tokens, max_tokens)
     except UnicodeDecodeError as error:
         raise ValueError(f"FILE must be UTF-8 text, {str(path)!r} is not: {error.reason}") from error

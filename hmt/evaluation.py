@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -15,7 +14,7 @@ from torch import Tensor
 from hmt.data import Document, windows
 from hmt.model import HMTForCausalLM
 from hmt.modes import reading_as
-from hmt.scoring import score
+from hmt.scoring import perplexity_of, score
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Curve:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(float(self.nll.sum() / self.count.sum()))
+        return perplexity_of(float(self.nll.sum() / self.count.sum()))
 
     def by_segment(self) -> list[float]:
         """Perplexity in the first segment of all readings, in the second, and so on as far as any of them goes."""

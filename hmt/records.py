@@ -49,10 +49,10 @@ def _record(row: Mapping[str, Any], text_field: str, place: str) -> dict[str, An
         strings.append("answer")
     if not all(name in strings for name in fields):
         raise ValueError(
-            f"{place} must hold the string {text_field!r}, or the strings {', '.join(QA_FIELDS)}; "
-            f"it has {', '.join(map(str, row)) or 'nothing'}"
+            f"{place} must hold the string {text_field!r}, or the strings {', '.join(QA_FIELDS)} (the last may be "
+            f"a list of some); it has {', '.join(map(str, row)) or 'nothing'}"
         )
-    return {"text" if name == text_field else name: row[name] for name in fields}
+    return {"text": row[text_field]} if fields == (text_field,) else {name: row[name] for name in fields}
 
 
 def _file_rows(path: Path, text_field: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -73,30 +73,39 @@ def _file_rows(path: Path, text_field: str) -> Iterator[tuple[str, Mapping[str, 
             if file.suffix.lower() in RECORD_SUFFIXES:
                 yield from _json_rows(file)
             else:
-                yield str(file), {text_field: file.read_text(encoding="utf-8")}
+                yield str(file), {text_field: file.read_text(encoding="utf-8-sig")}
         except UnicodeDecodeError as error:
             raise ValueError(f"{str(file)!r} must be UTF-8 text: {error}") from error
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """A JSON object in each line; or all in one array, as a file *.json may hold them."""
-    with file.open(encoding="utf-8") as lines:
-        is_array = file.suffix.lower() == ".json" and lines.read(1) == "["
-        lines.seek(0)
-        pieces = [lines.read()] if is_array else lines
-        for number, text in enumerate(pieces, start=1):
-            if not text.strip():
+    """A JSON object in each line; or all in one array, or a single one, as a file *.json may hold them."""
+    with file.open(encoding="utf-8-sig") as lines:
+        if file.suffix.lower() == ".json":
+            try:
+                whole = json.load(lines)
+            except json.JSONDecodeError:
+                lines.seek(0)  # one in each line, then
+            else:
+                rows = whole if isinstance(whole, list) else [whole]
+                places = (f"{str(file)!r}, object {number}," for number in range(len(rows)))
+                yield from ((place, _object(place, row)) for place, row in zip(places, rows, strict=True))
+                return
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
                 continue
             place = f"{str(file)!r}, line {number},"
             try:
-                found = json.loads(text)
+                row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{place} must be a JSON object: {error}") from error
-            for position, row in enumerate(found if is_array else [found]):
-                at = f"{str(file)!r}, object {position}," if is_array else place
-                if not isinstance(row, dict):
-                    raise ValueError(f"{at} must be a JSON object, got {type(row).__name__}")
-                yield at, row
+            yield place, _object(place, row)
+
+
+def _object(place: str, row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} must be a JSON object, got {type(row).__name__}")
+    return row
 
 
 def _hub_rows(name: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

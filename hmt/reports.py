@@ -23,7 +23,7 @@ def check_report(path: str | Path) -> None:
 
 
 def write_report(found: dict[str, Any], path: str | Path, draw: Callable[[dict[str, Any], Any], None]) -> None:
-    """Write a report as JSON and what `draw(found, figure)` paints of it as a PNG of the same name.
+    """Write a report as JSON and what `draw(found, figure)` paints of it as a PNG of the same name (x.png for x.json).
 
     Raises:
         ValueError, OSError: a path that `check_report` refuses, or that cannot be written.
@@ -39,4 +39,5 @@ def write_report(found: dict[str, Any], path: str | Path, draw: Callable[[dict[s
     draw(found, figure)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
-    write_whole(path.with_suffix(".png"), picture.getvalue())
+    name = path.stem if path.suffix == ".json" else path.name  # the end of another name tells it from others
+    write_whole(path.with_name(f"{name}.png"), picture.getvalue())

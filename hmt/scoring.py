@@ -36,7 +36,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nll / self.num_scored) if self.num_scored else math.nan
+        return perplexity_of(self.nll / self.num_scored) if self.num_scored else math.nan
 
     def __add__(self, later: Score) -> Score:
         """Both stretches as one, with the later state."""
@@ -47,6 +47,11 @@ class Score:
             self.seconds + later.seconds,
             later.state,
         )
+
+
+def perplexity_of(nats_per_token: float) -> float:
+    """exp of a mean negative log likelihood; infinite where a float cannot hold it."""
+    return math.exp(nats_per_token) if nats_per_token < 709 else math.inf
 
 
 @torch.no_grad()

@@ -74,6 +74,8 @@ class MemoryCell(nn.Module):
         **kwargs: Any,
     ) -> tuple[CausalLMOutputWithCrossAttentions, Tensor | None, Tensor | None]:
         """Logits of a segment's rows, its memory [B, 1, d] and the sensory ids of the next segment."""
+        if given := [name for name, value in kwargs.items() if value is not None and value is not False]:
+            raise TypeError(f"MemoryCell.forward takes token ids and no other arguments, got {', '.join(given)}")
         device = self.model.get_input_embeddings().weight.device
         input_ids = input_ids.to(device)
         memory_state = self._memory_for(input_ids, memory_state, switch)

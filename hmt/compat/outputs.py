@@ -12,6 +12,8 @@ RETRIEVAL_LOSS_WEIGHT = 0.05
 
 def weighted_scores(labels: Tensor, predictions: Tensor) -> dict[str, float]:
     """Precision, recall and F1 of class predictions, weighted by the classes' label counts, and accuracy."""
+    if labels.numel() == 0:
+        return dict.fromkeys(("precision", "recall", "f1", "accuracy"), 0.0)
     num_classes = int(torch.maximum(labels, predictions).max()) + 1
     num_labels = torch.bincount(labels, minlength=num_classes).double()
     num_predicted = torch.bincount(predictions, minlength=num_classes).double()

@@ -76,7 +76,7 @@ class RecurrentWrapper(nn.Module):
         """(out, hist): loss, ppl, ret_loss, f1, the logits of the last n_cell_out segments, and the recalled ages.
 
         mode="test" reads extra_size more tokens in segments that recall one of the last two; mode="browse" and the
-        segments from switch_at on return the logits of k - k//2 sensory rows too.
+        segments from switch_at on return the logits of k - k//2 sensory rows too. `prof` is accepted and does nothing.
         """
         if inputs_embeds is not None:
             raise ValueError("inputs_embeds is not supported: sensory memory reads tokens again, pass input_ids")
@@ -85,6 +85,8 @@ class RecurrentWrapper(nn.Module):
             raise ValueError(
                 f"n_cell_out, a keyword argument of RecurrentWrapper, must be an integer >= 1, got {num_kept!r}"
             )
+        _check_size("segment_size", segment_size, 1)
+        _check_size("extra_size", extra_size, 0)
         text = self._text(input_ids, attention_mask)
         summary_size = round(segment_size * sum_fraction)
         # with mode="test" a segment's end depends on what it recalls, so only then a summary waits for its turn
@@ -147,6 +149,7 @@ class RecurrentWrapper(nn.Module):
         Up to segment_size - k new tokens are generated in the prompt's last segment, as HMT-pytorch does. Past that,
         where HMT-pytorch fails, segments close when they are full and the recurrence goes on.
         """
+        _check_size("segment_size", segment_size, 1)
         text = self._text(input_ids, attention_mask)
         segments = self._segments(text, segment_size)
         known = [] if mem_seq is None else list(mem_seq.to(text.ids.device).split(1, dim=1))
@@ -249,6 +252,11 @@ class RecurrentWrapper(nn.Module):
         else:
             raise ValueError(f"segment_alignment must be 'left', 'right' or 'center', got {alignment!r}")
         return [text.slice(a, b) for a, b in zip(starts, [*starts[1:], text.length], strict=True)]
+
+
+def _check_size(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
 def _starts(length: int, size: int, extra: int, switch_at: int) -> list[int]:

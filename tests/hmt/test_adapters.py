@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import TrainingArguments
 
 from hmt import HMTForCausalLM
-from hmt.adapters import FILE, load_adapter, save_adapter, select
+from hmt.adapters import FILE, SETTINGS, load_adapter, save_adapter, select
 from hmt.data import Document
 from hmt.loading import load
 from hmt.training import HMTTrainer
@@ -212,3 +212,36 @@ def test_lora_factors_need_the_layers_they_were_trained_beside(tmp_path: Path) -
     save_adapter(model, tmp_path, "nowhere")
     with pytest.raises(ValueError, match="no linear layer"):
         load_adapter(tmp_path, backbone("gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [({"segmentlength": 16}, TypeError), ({"num_sensory": 17}, ValueError), ({"fused_rotary": True}, ValueError)],
+    ids=str,
+)
+def test_a_refused_adapter_leaves_the_backbone_as_it_was(wrong: dict, error: type[Exception], tmp_path: Path) -> None:
+    """Or its factors would be added twice by who tries again."""
+    pytest.importorskip("peft")
+    model = hmt_model("gpt2")
+    select(model, "lora", rank=2)
+    randomize(model)
+    save_adapter(model, tmp_path, "gpt2")
+    lm = backbone("gpt2")
+    before = {name: weight.clone() for name, weight in lm.state_dict().items()}
+    with pytest.raises(error):
+        load_adapter(tmp_path, lm, **wrong)
+    assert all(torch.equal(weight, before[name]) for name, weight in lm.state_dict().items())
+    ids = torch.randint(3, VOCAB, (2, 50))
+    with torch.no_grad():
+        torch.testing.assert_close(load_adapter(tmp_path, lm)(ids).logits, model(ids).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_every_setting_comes_back_with_an_adapter(tmp_path: Path) -> None:
+    own = {
+        "mode": "hmt", "segment_length": 24, "num_sensory": 5, "queue_size": 7, "summary_fraction": 0.25,
+        "summary_source": "previous", "recall_dim": 48, "recall_softmax_scale": 0.3,
+    }  # fmt: skip
+    assert set(own) == set(SETTINGS)
+    save_adapter(hmt_model(**own), tmp_path, "x")
+    loaded = load_adapter(tmp_path, backbone())
+    assert {name: getattr(loaded.config, name) for name in own} == own and loaded.recall.softmax_scale == 0.3

@@ -8,13 +8,15 @@ import golden
 import pytest
 import torch
 from backbones import CONFIGS, backbone, hmt_model, token_ids
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hmt import HMTConfig, HMTForCausalLM
 from hmt.checkpoints import load_hmt_pytorch
 from hmt.compat import MemoryCell, RecurrentWrapper
+
+EMBEDDING = "memory_cell.model.model.embed_tokens.weight"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -188,14 +190,17 @@ def test_lora_as_hmt_pytorch_trains_it(name: str, targets: list[str], tmp_path: 
     assert torch.equal(HMTForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
 
 
-def test_wide_recall_keeps_its_scale() -> None:
-    lm = backbone()
+@pytest.mark.parametrize(("width", "scale"), [(64, 4096**-0.5), (4096, 1 / 4096)])
+def test_wide_recall_keeps_its_scale(width: int, scale: float) -> None:
+    """Over wide embeddings it was trained with 1/h."""
+    shape = {"hidden_size": width, "num_attention_heads": 4, "head_dim": 8, "intermediate_size": 8, "vocab_size": 16}
+    lm = AutoModelForCausalLM.from_config(LlamaConfig(**shape, num_hidden_layers=1))
     weights = {f"memory_cell.model.{k}": v for k, v in lm.state_dict().items()}
-    weights |= {"mem": torch.zeros(1, 64), "memory_cell.memory": torch.zeros(1, 64)}
+    weights |= {"mem": torch.zeros(1, width), "memory_cell.memory": torch.zeros(1, width)}
     for key in ("wq", "wk"):
-        weights[f"cross_attn.{key}.weight"] = torch.zeros(4096, 64)
+        weights[f"cross_attn.{key}.weight"] = torch.zeros(4096, width)
     model = load_hmt_pytorch(weights, lm, segment_length=16, num_sensory=2)
-    assert model.recall.softmax_scale == 4096**-0.5  # d is narrow, so not 1/h
+    assert model.recall.softmax_scale == scale
 
 
 @pytest.mark.parametrize(
@@ -204,15 +209,23 @@ def test_wide_recall_keeps_its_scale() -> None:
         (lambda w: w | {"bert.pooler": torch.zeros(1)}, "no HMT-pytorch checkpoint"),
         (lambda w: w | {"memory_cell.model.model.extra": torch.zeros(1)}, "unexpected keys model.extra"),
         (lambda w: {k: v for k, v in w.items() if "embed_tokens" not in k}, "missing keys model.embed_tokens"),
-        (lambda w: {k: v for k, v in w.items() if "cross_attn" not in k}, "missing recall.wq"),
+        (lambda w: {k: v for k, v in w.items() if "cross_attn" not in k}, "missing keys recall.wq"),
         (lambda w: "nowhere.pth", "no file"),
+        (lambda w: __file__, "must be a file of torch.save, .* is damaged or none"),
+        (lambda w: w | {"mem": torch.zeros(1, 63)}, r"summary_prompt has the shape \[1, 63\], not \[1, 64\]"),
+        (lambda w: w | {EMBEDDING: torch.zeros(99, 64)}, r"embed_tokens.weight has the shape \[99, 64\], not \["),
     ],
-    ids=["foreign", "unexpected", "missing", "no-recall", "no-file"],
+    ids=["foreign", "unexpected", "missing", "no-recall", "no-file", "garbage", "width", "vocabulary"],
 )
 def test_refused_checkpoints(change, message: str) -> None:
     case = golden.load("a_llama_evict")
+    lm = golden.build_backbone(case)
+    with torch.no_grad():
+        lm.get_input_embeddings().weight.zero_()  # it has none of the file's yet
+    before = {name: weight.clone() for name, weight in lm.state_dict().items()}
     with pytest.raises(ValueError, match=message):
-        load_hmt_pytorch(change(case.weights), golden.build_backbone(case), segment_length=32, num_sensory=4)
+        load_hmt_pytorch(change(case.weights), lm, segment_length=32, num_sensory=4)
+    assert all(torch.equal(weight, before[name]) for name, weight in lm.state_dict().items())
 
 
 def test_pickled_code_is_not_run(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_only_the_answer_of_a_question_is_learnt(tmp_path: Path) -> None:
     [
         (['{"text": "fine"}', '{"text": '], "line 2, must be a JSON object"),
         (["[1, 2]"], "line 1, must be a JSON object, got list"),
-        ([{"body": "x"}], "must hold the string 'text', or the strings context, question, answer; it has body"),
+        ([{"body": "x"}], "must hold the string 'text', or the strings context, question, answer .*; it has body"),
         ([{"text": 3}], "must hold the string 'text'"),
         ([{"text": ""}], "must hold a text of at least two tokens"),
     ],
@@ -172,6 +172,23 @@ def test_json_files_hold_records(tmp_path: Path) -> None:
     (tmp_path / "c.JSONL").write_text(json.dumps(rows[0]), encoding="utf-8")
     (tmp_path / "d.TXT").write_text("It rained.", encoding="utf-8")
     assert list(read_records(tmp_path)) == [*rows, *rows, rows[0], {"text": "It rained."}]
+    (tmp_path / "a.json").write_text("\n" + json.dumps(rows[0], indent=1), encoding="utf-8")
+    assert list(read_records(tmp_path / "a.json")) == [rows[0]]
     (tmp_path / "a.json").write_text('[{"text": "x"}, 3]', encoding="utf-8")
     with pytest.raises(ValueError, match=r"a\.json', object 1, must be a JSON object, got int"):
         list(read_records(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_a_mark_of_the_byte_order_is_no_text(name: str, tmp_path: Path) -> None:
+    text = "Anne walked." if name == "a.txt" else json.dumps({"text": "Anne walked."})
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert list(read_records(tmp_path / name)) == [{"text": "Anne walked."}]
+
+
+def test_the_context_of_a_question_may_be_the_text_field(tmp_path: Path) -> None:
+    row = {"context": "Anne walked.", "question": "Who?", "answer": "Anne"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    assert list(read_records(tmp_path / "a.jsonl", text_field="context")) == [row]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"context": "Anne walked."}), encoding="utf-8")
+    assert list(read_records(tmp_path / "a.jsonl", text_field="context")) == [{"text": "Anne walked."}]

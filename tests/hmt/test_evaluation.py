@@ -127,3 +127,23 @@ def test_a_report_is_json_and_a_picture(plots: bool, tmp_path: Path, monkeypatch
     assert (tmp_path / "out.png").is_file() == plots
     if plots:
         assert (tmp_path / "out.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_a_perplexity_that_no_float_holds_is_infinite() -> None:
+    assert Curve(torch.tensor([[800.0]]), torch.tensor([[1]])).perplexity == math.inf
+    assert Curve(torch.tensor([[7.0]]), torch.tensor([[1]])).perplexity == math.exp(7)
+
+
+def test_pictures_of_reports_do_not_replace_each_other(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = report(dict(zip("ab", drawn(0.1, 0.1, seed=0), strict=True)), 10)
+    for name in ("run.v1", "run.v2", "run.json"):
+        write_report(found, tmp_path / name, draw)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["run.png", "run.v1.png", "run.v2.png"]
+
+
+def test_a_report_says_how_sure_it_is_and_of_how_much() -> None:
+    a, b = drawn(-0.05, 0.1, seed=0)
+    found = report({"a": a, "b": b}, 10)
+    (low, high), mean = found["comparisons"][0]["interval"], found["comparisons"][0]["nats_per_token"]
+    assert low < mean < high and found["readings"]["a"]["tokens_predicted"] == 600

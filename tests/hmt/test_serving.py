@@ -237,3 +237,15 @@ def test_a_cache_that_another_thread_is_writing_to_is_left_alone() -> None:
     assert now == [lengths[0], lengths[1] + 1, lengths[2]] and after[1].cache is states[1].cache
     with claimed(states[0].cache) as free:
         assert free
+
+
+@torch.no_grad()
+def test_two_rows_that_continue_one_state_do_not_share_what_they_write() -> None:
+    """A recurrent layer writes to its states in place."""
+    model, ids = hmt_model("mamba2", summary_source="previous"), token_ids(1, 40)
+    (state,) = step(model, [model.read(ids[:, :32])], [ids[0, 32:35]])[1]
+    tokens = [torch.tensor([7]), torch.tensor([9])]
+    expected = [step(model, [state.without_cache()], [token])[0][0] for token in tokens]
+    found, _ = step(model, [state, state], tokens)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(*expected, atol=1e-2)

@@ -104,6 +104,7 @@ def test_adapters_are_trained_compared_and_read_with(
     assert set(found["readings"]) == {"hmt", "hmt-causal", "rmt", "sensory", "baseline"}
     assert len(found["comparisons"]) == 10 and found["segment_length"] == 64
     assert {reading["tokens_predicted"] for reading in found["readings"].values()} == {2 * (3 * 64 - 1)}
+    assert found["at_once"]["window"] == 3 * 64 and found["at_once"]["perplexity"] > 1
 
     monkeypatch.chdir(tmp_path)  # an adapter names its backbone, which also lends it the tokenizer
     assert load("adapters/rmt").model.config.mode == "rmt"
