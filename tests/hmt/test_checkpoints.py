@@ -234,6 +234,6 @@ def test_pickled_code_is_not_run(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "executed",))
 
     torch.save({"mem": Payload()}, tmp_path / "evil.pth")
-    with pytest.raises(Exception, match="weights_only"):
+    with pytest.raises(ValueError, match="damaged or none: Weights only load failed"):
         load_hmt_pytorch(tmp_path / "evil.pth", backbone(), segment_length=16, num_sensory=2)
     assert not (tmp_path / "executed").exists()
