@@ -32,8 +32,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     ("document", "expected"),
-    [("README.md", "state"), ("docs/from-hmt-pytorch.md", "model")],
-    ids=["readme", "migration"],
+    [("README.md", "state"), ("docs/from-hmt-pytorch.md", "model"), ("docs/guide.md", "answers")],
+    ids=["readme", "migration", "guide"],
 )
 def test_python_runs_as_printed(document: str, expected: str, folder: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -42,7 +42,7 @@ def test_python_runs_as_printed(document: str, expected: str, folder: Path) -> N
     for block in blocks:
         exec(re.sub(r'"HuggingFaceTB/[^"]*"', '"model"', block), names)
     assert expected in names
-    if document != "README.md":
+    if document == "docs/from-hmt-pytorch.md":
         assert AutoModelForCausalLM.from_pretrained("out").config.segment_length == 990
 
 
