@@ -328,7 +328,7 @@ def _updates(
         transposed = embeds or isinstance(layer, Conv1D)  # GPT-2's linear layer, as an embedding is
         shape = (a.shape[1], b.shape[0]) if transposed else (b.shape[0], a.shape[1])
         kinds = nn.Embedding if embeds else (nn.Linear, Conv1D)
-        if not isinstance(layer, kinds) or layer.weight.shape != shape:
+        if not isinstance(layer, kinds) or layer.weight.shape != shape or a.shape[0] != b.shape[1]:
             kind = "embedding" if embeds else "linear layer"
             raise ValueError(f"{str(path)!r} does not fit the backbone {type(backbone).__name__}: no {kind} {name}")
         updates.append(_Update(layer, a, b, scale, transposed))

@@ -7,6 +7,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -33,8 +34,8 @@ def captured(
 ) -> Callable[[], object]:
     """The step as a replayed CUDA graph; what it reads and writes must lie where it lies now. On a CPU, the step.
 
-    It is captured on the stream `side`, one for all graphs of a pool: memory of a pool belongs to a stream, and so does
-    the workspace of cuBLAS, which graphs that may run at the same time must not share.
+    It is captured on the stream `side`, one for all graphs of a pool: memory of a pool belongs to a stream. So does the
+    workspace of cuBLAS, which graphs of different models, that may run at the same time, had better not share.
     """
     if device.type != "cuda":
         return step
@@ -67,12 +68,11 @@ def _recording(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream
 class Turn(contextlib.AbstractContextManager[None]):
     """Graphs that share buffers or memory run one after another, whatever threads and streams they are run from.
 
-    They are captured on its stream `side`.
+    They are captured on the stream `side`.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.side = torch.cuda.Stream(device) if device.type == "cuda" and torch.cuda.is_available() else None
+    def __init__(self, device: torch.device, side: torch.cuda.Stream | None = None) -> None:
+        self.device, self.side = device, side
         self._lock = threading.Lock()
         self._last: torch.cuda.Stream | None = None
 
@@ -91,6 +91,19 @@ class Turn(contextlib.AbstractContextManager[None]):
 
     def __exit__(self, *error: object) -> None:
         self._lock.release()
+
+
+_sides: WeakKeyDictionary[HMTForCausalLM, dict[torch.device, torch.cuda.Stream]] = WeakKeyDictionary()
+
+
+def turn_of(model: HMTForCausalLM, device: torch.device) -> Turn:
+    """A turn whose graphs are captured on the model's own stream of a device."""
+    if device.type != "cuda":
+        return Turn(device)
+    sides = _sides.setdefault(model, {})
+    if device not in sides:
+        sides[device] = torch.cuda.Stream(device)
+    return Turn(device, sides[device])
 
 
 @contextlib.contextmanager

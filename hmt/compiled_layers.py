@@ -25,6 +25,8 @@ def compile_layers(model: PreTrainedModel) -> None:
     Raises:
         ValueError: a model without layers that transformers marks as such.
     """
+    # the first version that fits, not the latest used: recomputing a segment must take that of its forward pass
+    torch._C._dynamo.eval_frame._set_lru_cache(False)  # type: ignore[attr-defined]
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(f"compile_layers must be false for {type(model).__name__}: it marks no layers as such")

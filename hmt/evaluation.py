@@ -87,7 +87,7 @@ def read_curve(
     digest = hashlib.sha256()
     for row, (number, start, stop) in enumerate(stretches):
         ids = documents[number].ids[None, start:stop]
-        digest.update(f"{len(ids[0])} ".encode() + ids.numpy().tobytes())
+        digest.update(f"{len(ids[0])} ".encode() + ids.cpu().long().numpy().tobytes())
         with reading_as(model, mode, summary_source):
             parts = list(score(model, ids, segments_per_step=1))
         for segment, part in enumerate(parts[:segments]):

@@ -65,7 +65,7 @@ class RowsLayer(SegmentLayer):
     def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, width: int):
         super().__init__(keys.shape[2], keys, values, width - 1)
         self.positions = positions.to(keys.device)  # layers may be spread over several devices
-        self.rows = torch.arange(len(positions), device=positions.device)
+        self.rows = torch.arange(len(positions), device=keys.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.keys[self.rows, :, self.positions] = key_states[:, :, 0].to(self.keys.dtype)
@@ -123,13 +123,15 @@ def can_go_on(cache: Cache) -> bool:
 
     They may not where a backward pass needs them, nor outside of inference mode where they were made in it.
     """
-    layer: Any = cache.layers[0]
     if isinstance(cache, SegmentCache):
-        if torch.is_grad_enabled() or (isinstance(layer, SegmentLayer) and layer.length >= layer.capacity):
+        full = any(isinstance(layer, SegmentLayer) and layer.length >= layer.capacity for layer in cache.layers)
+        if torch.is_grad_enabled() or full:
             return False
     elif isinstance(cache, RecurrentCache) and not cache.whole:
         return False
-    return torch.is_inference_mode_enabled() or not any(_is_inference(x) for x in vars(layer).values())
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return True
+    return not any(map(_is_inference, vars(cache.layers[0]).values()))
 
 
 _claimed: set[int] = set()  # not an attribute, which copies and pickles would take along
@@ -139,6 +141,9 @@ _claiming = threading.Lock()
 @contextlib.contextmanager
 def claimed(cache: Any) -> Iterator[bool]:
     """Whether inside this context a cache is this call's alone: no other thread may read what it writes meanwhile."""
+    if torch.compiler.is_compiling():
+        yield True
+        return
     with _claiming:
         mine = id(cache) not in _claimed
         _claimed.add(id(cache))

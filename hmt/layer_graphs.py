@@ -256,7 +256,7 @@ def graphed_call(model: HMTForCausalLM, look: capture.Look) -> GraphedCall | Non
     kept = _graphs.setdefault(model, {})
     graphs = kept.pop(look.dependencies, None)
     if graphs is None:
-        graphs = LayerGraphs(capture.Turn(model.device))
+        graphs = LayerGraphs(capture.turn_of(model, model.device))
         for key in [key for key in kept if key[1] != look.dependencies[1]]:
             del kept[key]  # of weights that lie elsewhere now
     kept[look.dependencies] = graphs

@@ -195,8 +195,6 @@ def _graphed_layers(call: GraphedCall | None, state: HMTState, segment: Tokens, 
     if call is None or segment.mask is not None or cache is not None:
         return None
     config = call.model.config
-    if 2 * segment.length < config.segment_length:
-        return None  # the graph computes a whole segment, whose launches alone it saves
     num_sensory = state.recent.last(config.num_sensory).length
     length = config.num_memory + num_sensory + config.segment_length + config.num_memory
     return call.layers((state.batch_size, length), last_rows=config.segment_length + config.num_memory)

@@ -11,7 +11,7 @@ from hmt.recipes import RECIPE, recipe_records
 
 HUB = "hub:"
 TEXT_SUFFIXES = (".txt", ".md")
-RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json")
+RECORD_SUFFIXES = (".jsonl", ".ndjson")  # of a folder; a file *.json is data only where it is named itself
 QA_FIELDS = ("context", "question", "answer")
 
 
@@ -70,7 +70,7 @@ def _file_rows(path: Path, text_field: str) -> Iterator[tuple[str, Mapping[str, 
         )
     for file in files:
         try:
-            if file.suffix.lower() in RECORD_SUFFIXES:
+            if file.suffix.lower() in (*RECORD_SUFFIXES, ".json"):
                 yield from _json_rows(file)
             else:
                 yield str(file), {text_field: file.read_text(encoding="utf-8-sig")}
@@ -84,7 +84,10 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
         if file.suffix.lower() == ".json":
             try:
                 whole = json.load(lines)
-            except json.JSONDecodeError:
+            except json.JSONDecodeError as error:
+                lines.seek(0)
+                if lines.readline().startswith("["):
+                    raise ValueError(f"{str(file)!r} must hold an array of JSON objects: {error}") from error
                 lines.seek(0)  # one in each line, then
             else:
                 rows = whole if isinstance(whole, list) else [whole]

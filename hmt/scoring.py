@@ -51,7 +51,7 @@ class Score:
 
 def perplexity_of(nats_per_token: float) -> float:
     """exp of a mean negative log likelihood; infinite where a float cannot hold it."""
-    return math.exp(nats_per_token) if nats_per_token < 709 else math.inf
+    return math.inf if nats_per_token >= 709 else math.exp(nats_per_token)
 
 
 @torch.no_grad()
@@ -64,6 +64,8 @@ def score(
     """
     step = segments_per_step * model.config.segment_length
     total = input_ids.shape[1]
+    if not total:
+        return
     opened = 0 if state is None else state.num_open  # a step ends with a segment, which then is read once
     for begin in range(-opened, total, step):
         start, stop = max(0, begin), min(begin + step, total)

@@ -81,6 +81,8 @@ class HMTState:
 
     def out_of_inference(self) -> HMTState:
         """The same state; outside of inference mode without tensors made in it, which no backward pass could keep."""
+        if torch.compiler.is_compiling():  # which cannot ask
+            return self
         tensors = (self.queue, self.recent.ids, self.open.ids)
         if torch.is_inference_mode_enabled() or not any(x is not None and x.is_inference() for x in tensors):
             return self

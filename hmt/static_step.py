@@ -120,7 +120,7 @@ def why_not(model: HMTForCausalLM, state: HMTState, look: capture.Look) -> str |
 
 def _prepare(model: HMTForCausalLM, queue: Tensor, dependencies: tuple[Any, ...]) -> StaticStep:
     """A step for states with a queue like this one."""
-    turn = capture.Turn(queue.device)
+    turn = capture.turn_of(model, queue.device)
     with capture.to_be_captured():
         buffers, drawing = new_buffers(model, queue), capture.Drawing(queue.device)
         if model.training:
@@ -128,7 +128,7 @@ def _prepare(model: HMTForCausalLM, queue: Tensor, dependencies: tuple[Any, ...]
             if drawing.undone():
                 return StaticStep(buffers, None, dependencies, turn)
         if queue.is_cuda:
-            replay = capture.captured(lambda: segment_step(model, buffers), queue.device, side=turn.side)
+            replay = capture.captured(lambda: segment_step(model, buffers), queue.device, None, turn.side)
             return StaticStep(buffers, lambda model: replay(), dependencies, turn)
     return StaticStep(buffers, lambda model: segment_step(model, buffers), dependencies, turn)
 

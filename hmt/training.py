@@ -256,9 +256,21 @@ class HMTTrainer(Trainer):
         }
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        self._clock = self._clock or (perf_counter(), self.state.num_input_tokens_seen)
+        if self._clock is None:
+            self._clock, self._paused = (perf_counter(), self.state.num_input_tokens_seen), 0.0
         with self._stage(self.state.global_step):
             return super().training_step(model, *args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._clock = None  # it starts with the first step
+        return super().train(*args, **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Trainer's; in an evaluation the mean of this process alone, which is then weighed by its tokens."""
+        items = num_items_in_batch if model.training else None
+        return super().compute_loss(model, inputs, return_outputs, items)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
@@ -291,10 +303,12 @@ class HMTTrainer(Trainer):
 
     @contextlib.contextmanager
     def _pause(self) -> Iterator[None]:
-        """Time that does not count as training."""
-        begun = perf_counter()
-        yield
-        self._paused += perf_counter() - begun
+        """Time that does not count as training; what happens within has counted once when it ends."""
+        begun, before = perf_counter(), self._paused
+        try:
+            yield
+        finally:
+            self._paused = before + perf_counter() - begun
 
     def _stage(self, step: int) -> contextlib.AbstractContextManager[None]:
         """The mode of a step."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -17,18 +16,27 @@ def refuse_transforms(*tensors: torch.Tensor | None, other: str = "") -> None:
     """
     if torch.compiler.is_compiling():
         return
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        transforms = [interpreter.key() for interpreter in retrieve_all_functorch_interpreters()]
-        if torch._C._functorch.TransformType.Grad in transforms:
-            raise NotImplementedError(
-                f"hmt_kernels has no derivatives by torch.func: use {other}backward or torch.autograd.grad"
-            )
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None and torch.is_grad_enabled()
+    if transformed and any(tensor is not None and _is_differentiated(tensor) for tensor in tensors):
+        raise NotImplementedError(
+            f"hmt_kernels has no derivatives by torch.func: use {other}backward or torch.autograd.grad"
+        )
     if forward_ad._current_level < 0:
         return
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError(
             "hmt_kernels has no forward-mode derivatives: use reverse mode (backward, torch.autograd.grad)"
         )
+
+
+def _is_differentiated(tensor: torch.Tensor) -> bool:
+    """Whether torch.func.grad wants the derivative with respect to a tensor, also one that vmap has wrapped."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad:
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def is_watched(*tensors: torch.Tensor | None) -> bool:

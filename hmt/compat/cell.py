@@ -14,6 +14,8 @@ from hmt.config import embedding_width
 from hmt.recurrence import surround
 from hmt.tokens import Tokens
 
+REFUSED = ("inputs_embeds", "labels", "output_attentions", "past_key_values")  # what would change the results
+
 
 class MemoryMap(nn.Module):
     """Linear map of a memory, one matrix for each direction; `mode` says which comes next."""
@@ -74,8 +76,8 @@ class MemoryCell(nn.Module):
         **kwargs: Any,
     ) -> tuple[CausalLMOutputWithCrossAttentions, Tensor | None, Tensor | None]:
         """Logits of a segment's rows, its memory [B, 1, d] and the sensory ids of the next segment."""
-        if given := [name for name, value in kwargs.items() if value is not None and value is not False]:
-            raise TypeError(f"MemoryCell.forward takes token ids and no other arguments, got {', '.join(given)}")
+        if given := [name for name in REFUSED if kwargs.get(name) is not None and kwargs[name] is not False]:
+            raise TypeError(f"MemoryCell.forward takes token ids, and no {', '.join(given)}")
         device = self.model.get_input_embeddings().weight.device
         input_ids = input_ids.to(device)
         memory_state = self._memory_for(input_ids, memory_state, switch)

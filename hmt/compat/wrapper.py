@@ -255,7 +255,7 @@ class RecurrentWrapper(nn.Module):
 
 
 def _check_size(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or value < least:
+    if not hasattr(value, "__index__") or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
 
 

@@ -32,6 +32,8 @@ def train(directory: str | Path, batch_size: int, kind: str | None = None) -> di
         optim="sgd",
         learning_rate=0.05,
         per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=1,
+        prediction_loss_only=True,
         gradient_accumulation_steps=2,
         logging_steps=1,
         save_strategy="no",
@@ -45,7 +47,9 @@ def train(directory: str | Path, batch_size: int, kind: str | None = None) -> di
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     model = hmt_model(queue_size=2).double()  # rounding is then far below the tolerance
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = HMTTrainer(model, arguments, texts, [Stage(2, (2,), "rmt"), Stage(2, (4,))])
+    held_back = [Document(ids.ids[:n]) for ids, n in zip([*texts, texts[0]], (33, 5, 64, 9), strict=True)]
+    stages = [Stage(2, (2,), "rmt"), Stage(2, (4,))]
+    trainer = HMTTrainer(model, arguments, texts, stages, eval_documents=held_back)
     trainer.train()
     wrapped = trainer.model_wrapped
     found = {"ddp": isinstance(wrapped, DistributedDataParallel), "fsdp2": isinstance(wrapped, FSDPModule)}
@@ -53,10 +57,16 @@ def train(directory: str | Path, batch_size: int, kind: str | None = None) -> di
         raise RuntimeError(f"the model was not wrapped for {kind}: {type(wrapped).__name__}")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry]
+    evaluated = trainer.evaluate()["eval_loss"]
     weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
     whole = {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
     changes = {name: w - before[name] for name, w in whole.items()}
-    return {"loss": torch.tensor(losses), "gradient norm": torch.tensor(norms), **changes}
+    numbers = {
+        "loss": torch.tensor(losses),
+        "gradient norm": torch.tensor(norms),
+        "eval loss": torch.tensor([evaluated]),
+    }
+    return numbers | changes
 
 
 def run(folder: Path, rank: int, size: int) -> None:

@@ -78,6 +78,7 @@ def test_score_after_a_state_is_that_of_one_pass(steps: int) -> None:
     with torch.no_grad():
         loss = model(ids[:, 20:], labels=ids[:, 20:], state=state, num_items_in_batch=1).loss
     assert sum(part.nll for part in parts) == pytest.approx(float(loss), rel=1e-7)
+    assert not list(score(model, ids[:, :0], state))
 
 
 def test_limits_stop_reading(model_dir: Path, text_file: Path, capsys) -> None:

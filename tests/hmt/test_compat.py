@@ -85,7 +85,7 @@ def test_sizes_and_arguments_that_cannot_be_are_refused() -> None:
         wrapper.generate(ids, None, 0, max_new_tokens=2)
     with pytest.raises(ValueError, match="extra_size must be an integer >= 0, got -16"):
         wrapper(ids, segment_size=16, extra_size=-16, switch_at=0)
-    with pytest.raises(TypeError, match="no other arguments, got inputs_embeds"):
+    with pytest.raises(TypeError, match="takes token ids, and no inputs_embeds"):
         wrapper.memory_cell(ids, inputs_embeds=torch.zeros(1, 40, 64))
 
 

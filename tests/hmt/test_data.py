@@ -171,7 +171,11 @@ def test_json_files_hold_records(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (tmp_path / "c.JSONL").write_text(json.dumps(rows[0]), encoding="utf-8")
     (tmp_path / "d.TXT").write_text("It rained.", encoding="utf-8")
-    assert list(read_records(tmp_path)) == [*rows, *rows, rows[0], {"text": "It rained."}]
+    assert list(read_records(tmp_path)) == [rows[0], {"text": "It rained."}]  # a folder's json may be anything
+    assert list(read_records(tmp_path / "a.json")) == list(read_records(tmp_path / "b.json")) == rows
+    (tmp_path / "a.json").write_text('[{"text": "x"},\n{"text" 3}]', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"must hold an array of JSON objects: .* line 2"):
+        list(read_records(tmp_path / "a.json"))
     (tmp_path / "a.json").write_text("\n" + json.dumps(rows[0], indent=1), encoding="utf-8")
     assert list(read_records(tmp_path / "a.json")) == [rows[0]]
     (tmp_path / "a.json").write_text('[{"text": "x"}, 3]', encoding="utf-8")

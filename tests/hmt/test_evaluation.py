@@ -132,6 +132,7 @@ def test_a_report_is_json_and_a_picture(plots: bool, tmp_path: Path, monkeypatch
 def test_a_perplexity_that_no_float_holds_is_infinite() -> None:
     assert Curve(torch.tensor([[800.0]]), torch.tensor([[1]])).perplexity == math.inf
     assert Curve(torch.tensor([[7.0]]), torch.tensor([[1]])).perplexity == math.exp(7)
+    assert math.isnan(Curve(torch.tensor([[math.nan]]), torch.tensor([[1]])).perplexity)
 
 
 def test_pictures_of_reports_do_not_replace_each_other(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import golden
 import pytest
 import torch
-from backbones import VOCAB, backbone, hmt_model, token_ids
-from transformers import GenerationConfig, LlamaConfig, PreTrainedModel
+from backbones import GROUPED, VOCAB, backbone, hmt_model, token_ids
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GenerationConfig, LlamaConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -335,10 +335,17 @@ def test_training_after_a_state_of_inference_mode(source: str, moved: bool) -> N
     assert found.any()
 
 
+@pytest.mark.parametrize("layers", ["all", "the second"])
 @torch.no_grad()
-def test_a_cache_that_is_full_before_its_segment() -> None:
-    """It was made for shorter segments."""
-    model, ids = hmt_model(summary_source="previous"), token_ids(1, 40)
+def test_a_cache_that_is_full_before_its_segment(layers: str) -> None:
+    """It was made for shorter segments; a layer with a window keeps no buffer."""
+    lm = backbone()
+    if layers == "the second":
+        types = ["sliding_attention", "full_attention"]
+        config = Gemma3TextConfig(**GROUPED, head_dim=16, sliding_window=8, layer_types=types)
+        lm = AutoModelForCausalLM.from_config(config).eval()
+    model = HMTForCausalLM.from_backbone(lm, segment_length=16, num_sensory=3, summary_source="previous")
+    ids = token_ids(1, 40)
     state = model(ids[:, :14], use_cache=True).state
     model.config.segment_length = 64
     plain = state.without_cache()

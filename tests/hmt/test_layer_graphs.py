@@ -42,12 +42,12 @@ def pair(name: str = "llama", **settings: object) -> tuple[HMTForCausalLM, HMTFo
     return ours, theirs
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("hmt", [1, 1, 4, 4]), ("rmt", [1] * 9), ("baseline", [1] * 9)])
+@pytest.mark.parametrize(("mode", "expected"), [("hmt", [1, 1, 3, 4]), ("rmt", [1] * 9), ("baseline", [1] * 9)])
 @torch.no_grad()
 def test_reading(mode: str, expected: list[int], passes: list) -> None:
-    """The first segment, the ragged one, and the summaries in batches; in other modes all segments."""
+    """The first segment, the ragged one, and the summaries of the full ones in batches; in other modes all segments."""
     ours, theirs = pair(mode=mode, summary_batch_size=4)
-    ids = token_ids(1, 16 * 8 + 9)
+    ids = token_ids(1, 16 * 8 + 3)
     found, same = ours(ids, labels=ids), theirs(ids, labels=ids)
     torch.testing.assert_close(found.loss, same.loss)
     if mode != "baseline":
@@ -57,15 +57,6 @@ def test_reading(mode: str, expected: list[int], passes: list) -> None:
     torch.testing.assert_close(
         ours(ids[:, :40], state=found.state).logits, theirs(ids[:, :40], state=same.state).logits
     )
-
-
-@torch.no_grad()
-def test_a_short_rest_is_not_read_as_a_whole_segment(passes: list) -> None:
-    ours, theirs = pair(mode="rmt")
-    for length, expected in ((7, []), (8, [("run", 1)])):
-        ids = token_ids(1, length)
-        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
-        assert passes == expected
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

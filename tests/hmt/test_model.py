@@ -408,3 +408,11 @@ def test_hooks_of_the_embedding_see_tokens() -> None:
     with torch.no_grad():
         model(token_ids(1, 50))
     assert seen and all(seen)
+
+
+@torch.no_grad()
+def test_the_recurrence_compiles_without_a_graph_break(fresh_compiler: None) -> None:
+    model, ids = hmt_model(cuda_graphs=False), token_ids(1, 20)
+    expected = model(ids).logits
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids).logits, expected)

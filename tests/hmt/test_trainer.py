@@ -475,3 +475,17 @@ def test_a_batch_size_that_changes_is_refused(tmp_path: Path) -> None:
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", auto_find_batch_size=True)
     with pytest.raises(ValueError, match="auto_find_batch_size must be off"):
         HMTTrainer(hmt_model(), arguments, texts(100))
+
+
+def test_evaluations_before_a_training_are_not_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count()
+    monkeypatch.setattr(training, "perf_counter", lambda: float(next(now)))
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", logging_steps=1, save_strategy="no", disable_tqdm=True,
+        per_device_train_batch_size=1, prediction_loss_only=True, eval_on_start=True,
+    )  # fmt: skip
+    trainer = HMTTrainer(hmt_model(), arguments, texts(32), [Stage(3, (2,))], eval_documents=texts(20))
+    for _ in range(2):
+        trainer.evaluate({"a": trainer.eval_dataset, "b": trainer.eval_dataset})
+        trainer.train()
+    assert values(trainer, "tokens_per_second") == [32.0] * 3

@@ -189,6 +189,19 @@ def test_derivatives_by_torch_func_are_refused_but_for_sdpa(transform):
     torch.testing.assert_close(found, expected[0] if transform == "grad" else expected)
 
 
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+def test_torch_func_may_differentiate_what_is_around(impl):
+    x, w = torch.randn(1, 2, 5, 32), torch.randn(1, 2, 5, 32)
+    expected = segment_attention(x, x, x, impl=impl)
+
+    def product(w, x):
+        return (w * segment_attention(x, x, x, impl=impl)).sum()
+
+    torch.testing.assert_close(torch.func.grad(product)(w, x), expected)
+    stacked = torch.vmap(torch.func.grad(product), in_dims=(0, None))(torch.stack([w, w]), x)
+    torch.testing.assert_close(stacked, torch.stack([expected, expected]))
+
+
 def test_what_has_no_values_is_not_checked():
     q = torch.randn(1, 2, 5, 32, device="meta")
     with checking():
