@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
+import torch
 from emulation import build
+
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    import interpreter_bf16
+
+    interpreter_bf16.install()  # without which the oldest Triton interprets nothing beside the newest NumPy
 
 
 @pytest.fixture(scope="session")
