@@ -115,21 +115,21 @@ def run_layers(
     decoder = decoder_of(model)
     if mask is None and takes_spans(model):
         mask = torch.empty(len(embeds), 1, 1, 0, dtype=torch.int32, device=embeds.device)
+    recurrent: Any = cache if cache is not None and is_recurrent(model) else None
     if cache is not None:
         kwargs[cast(str, _cache_argument(type(decoder).forward))] = cache
-        if is_recurrent(model) and takes_positions(model):  # Bamba counts from 0 without
+        if recurrent is not None and takes_positions(model):  # Bamba counts from 0 without
             start = cache.get_seq_length()
             kwargs["position_ids"] = torch.arange(start, start + embeds.shape[1], device=embeds.device)[None]
     if last_rows is not None and last_layer.takes_last_rows(decoder):
         kwargs.update(last_rows=last_rows)
-    if cache is not None and is_recurrent(model):
-        cast(Any, cache).whole = False  # until the last layer has gone on
+    if recurrent is not None:
+        recurrent.whole = False  # until the last layer has gone on
     out = decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=cache is not None, **kwargs)
     if last_rows is not None:
         out.last_hidden_state = out.last_hidden_state[:, -last_rows:]
     out.last_hidden_state = out.last_hidden_state.to(embeds.device)  # the layers may be spread over several
-    if cache is not None and is_recurrent(model):
-        recurrent: Any = cache
+    if recurrent is not None:
         recurrent.length, recurrent.whole = recurrent.length + embeds.shape[1], True
     return out
 

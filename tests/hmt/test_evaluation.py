@@ -97,7 +97,7 @@ def test_curves_of_different_texts_are_refused() -> None:
 
 def test_readings_that_cannot_be_compared_are_reported_all_the_same() -> None:
     """As those of two tokenizers, which may well come to as many tokens."""
-    model, (ids,) = hmt_model(), texts(64)[0][:1]
+    model, ids = hmt_model(), texts(64)[0].ids
     *_, a = read_curve(model, [Document(ids)], 4)
     *_, same = read_curve(model, [Document(ids)], 4, mode="rmt")
     *_, b = read_curve(model, [Document(ids.flip(0))], 4)

@@ -413,22 +413,12 @@ def test_processes_may_lack_gradients_of_recall(tmp_path: Path) -> None:
 def test_a_data_set_of_the_package_datasets(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     documents = texts(32, 32, 20)
-    rows = [{name: x.tolist() for name, x in d.example().items()} for d in documents]
+    examples = [d.example() for d in documents]
+    rows = [{name: x.tolist() for name, x in example.items()} for example in examples]
     model, same = hmt_model(), hmt_model()
     trainer = train(model, tmp_path, [Stage(3, (2,))], documents=datasets.Dataset.from_list(rows))
-    expected = train(same, tmp_path, [Stage(3, (2,))], documents=ListOf(documents))
+    expected = train(same, tmp_path, [Stage(3, (2,))], documents=examples)
     assert values(trainer, "loss") == values(expected, "loss")
-
-
-class ListOf(torch.utils.data.Dataset):
-    def __init__(self, documents: list[Document]):
-        self.documents = documents
-
-    def __len__(self) -> int:
-        return len(self.documents)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return self.documents[index].example()
 
 
 def test_the_speed_is_that_of_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
